@@ -1,0 +1,1307 @@
+# cython: language_level=3
+"""The native core of wsfast: the binding between the C structures of this folder and Python.
+
+It checks arguments, owns the Python side of references and raises exceptions; every algorithm is in C. The contract,
+method by method, is in wsfast/_core.pyi. Ownership words: *owned*, *borrowed*, *stolen*, as in the headers.
+"""
+
+cimport cython
+from cpython.exc cimport PyErr_NoMemory
+from cpython.list cimport PyList_New
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cpython.object cimport PyObject, PyObject_Hash
+from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
+from cpython.unicode cimport PyUnicode_FromObject
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from core cimport *
+
+from collections.abc import ItemsView, KeysView, Mapping, ValuesView
+from time import monotonic_ns, time
+from types import MappingProxyType
+from weakref import ref
+
+from wsfast.connection import ConnectionStatus, Quality
+from wsfast.errors import (
+    DetachedRecord,
+    DuplicateConnection,
+    ForeignRecord,
+    InvalidName,
+    InvalidSetting,
+    LimitExceeded,
+    UnknownConnection,
+)
+
+cdef extern from "Python.h":
+    bint PyUnicode_CheckExact(object value)
+    bint PyUnicode_Check(object value)
+    bint PyLong_Check(object value)
+    bint PyList_CheckExact(object value)
+    bint PyTuple_CheckExact(object value)
+    long long PyLong_AsLongLongAndOverflow(object value, int *overflow) except? -1
+    ctypedef struct PyTypeObject:
+        object (*tp_new)(PyTypeObject *kind, PyObject *args, PyObject *kwargs)
+        unsigned long tp_flags
+    unsigned long Py_TPFLAGS_HAVE_GC
+    void PyObject_GC_UnTrack(PyObject *object) noexcept
+    PyObject *Py_None
+    PyObject **PySequence_Fast_ITEMS(object sequence)
+    void PyList_SET_ITEM(object sequence, Py_ssize_t at, PyObject *item) noexcept
+
+cdef extern from *:
+    """
+    #ifdef Py_GIL_DISABLED
+    #define WSF_FREE_THREADED 1
+    #else
+    #define WSF_FREE_THREADED 0
+    #endif
+    static inline PyObject *wsf_object(PyObject *owned) { return owned != NULL ? owned : Py_NewRef(Py_None); }
+    """
+    const bint WSF_FREE_THREADED
+    object wsf_object(PyObject *owned)  # the reference is stolen; None for NULL
+
+__all__ = ["ConnectionMeta", "Registry", "fnv1_32", "fnv1a_32"]
+
+cdef object _KEY = object()  # what the constructor of a record asks for: only this module has it
+cdef tuple _MAKE = (_KEY,)
+cdef tuple _STATUSES = tuple(ConnectionStatus)
+cdef object _ONLINE = ConnectionStatus.ONLINE
+cdef object _EMPTY_MAPPING = MappingProxyType({})
+cdef frozenset _NO_PERMISSIONS = frozenset()
+# How many device types and permission sets a registry remembers to store equal ones once. Beyond it forgets them all
+# and begins again, so hostile variety costs sharing, not memory.
+cdef Py_ssize_t _SHARED_VALUES = 1024
+
+if [int(_status) for _status in ConnectionStatus] != list(range(len(ConnectionStatus))):
+    raise ImportError("wsfast.connection does not match this build of wsfast._core")
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------------------
+
+
+cdef str _wrong_type(str name, str wanted, object value):
+    return f"{name} must be {wanted}, not {type(value).__name__}"
+
+
+cdef inline str _text(object value, str kind):
+    """The value as an exact str whose hash is computed."""
+    if not PyUnicode_CheckExact(value):
+        if not PyUnicode_Check(value):
+            raise TypeError(_wrong_type(kind, "str", value))
+        value = PyUnicode_FromObject(value)
+    PyObject_Hash(value)
+    return <str>value
+
+
+cdef str _name_hashed(object value, str kind, int64_t limit, uint32_t *fnv1a, bint may_be_empty=False):
+    """The value as a name (see _core.pyi), and its FNV-1a hash."""
+    cdef str text = _text(value, kind)
+    cdef int64_t utf8_bytes = 0
+    if not text and not may_be_empty:
+        raise InvalidName(kind, "is empty")
+    if wsf_text_fnv1a(<PyObject *>text, fnv1a, &utf8_bytes) != 0:
+        raise InvalidName(kind, "holds a lone surrogate, so it has no UTF-8 form")
+    if utf8_bytes > limit:
+        raise InvalidName(kind, f"is over the limit of {limit} bytes in UTF-8")
+    return text
+
+
+cdef inline str _name(object value, str kind, int64_t limit, bint may_be_empty=False):
+    cdef uint32_t fnv1a
+    return _name_hashed(value, kind, limit, &fnv1a, may_be_empty)
+
+
+cdef int64_t _int64(object value, str name, str wanted="int") except? -1:
+    cdef int overflow = 0
+    cdef long long number
+    if not PyLong_Check(value):
+        raise TypeError(_wrong_type(name, wanted, value))
+    number = PyLong_AsLongLongAndOverflow(value, &overflow)
+    if overflow:
+        raise OverflowError(f"{name} does not fit 64 bits")
+    return number
+
+
+cdef int64_t _at_least(object value, str name, int64_t least) except -1:
+    cdef int64_t number = _int64(value, name)
+    if number < least:
+        raise InvalidSetting(name, value, f"{least} or more")
+    return number
+
+
+cdef int _status(object value) except -1:
+    if value is _ONLINE:
+        return <int>ConnectionStatus.ONLINE
+    if not isinstance(value, ConnectionStatus):
+        raise TypeError(_wrong_type("status", "a ConnectionStatus", value))
+    return <int>value
+
+
+cdef list _names(object values, str argument, str kind, int64_t limit):
+    """Distinct names of an iterable that is not a str, in order."""
+    cdef dict names = {}
+    if isinstance(values, str):
+        raise TypeError(_wrong_type(argument, "an iterable of str", values))
+    try:
+        iterator = iter(values)
+    except TypeError:
+        raise TypeError(_wrong_type(argument, "an iterable of str", values)) from None
+    for value in iterator:
+        names[_name(value, kind, limit)] = None
+    return list(names)
+
+
+cdef int _check_mapping(object values, str argument) except -1:
+    # Asking the abstract class takes longer than all the rest for the small dict that this nearly always is.
+    if type(values) is not dict and not isinstance(values, Mapping):
+        raise TypeError(_wrong_type(argument, "a mapping", values))
+    return 0
+
+
+cdef dict _mapping(object values, str argument, str kind, int64_t limit):
+    """A copy of a mapping of names to objects."""
+    _check_mapping(values, argument)
+    return {_name(key, kind, limit): value for key, value in values.items()}
+
+
+# ---- settings ----------------------------------------------------------------------------------------------------------
+
+
+@cython.final
+cdef class _Settings:
+    """What the records of a registry need to know of it: limits, clocks, shared values."""
+
+    cdef readonly int64_t max_id_bytes, max_name_bytes, max_tags, max_groups
+    cdef int64_t last_ns  # what the clock said last
+    cdef object clock
+    cdef object wall_clock
+    cdef object registry  # weak reference
+    cdef dict values  # device types and permission sets, each stored once
+    cdef type record_type
+
+    cdef object shared(self, object value):
+        if len(self.values) >= _SHARED_VALUES:
+            self.values.clear()
+        return self.values.setdefault(value, value)
+
+    cdef object permission_set(self, object values):
+        """The permissions as they are stored: a shared frozenset, or None for none."""
+        cdef list names
+        if type(values) is frozenset:
+            known = self.values.get(values)
+            if known is not None:
+                return known
+        names = _names(values, "permissions", "permission", self.max_name_bytes)
+        return self.shared(frozenset(names)) if names else None
+
+    cdef dict tags(self, object values):
+        cdef dict tags = {}
+        _check_mapping(values, "tags")
+        for key, value in values.items():
+            key = _name(key, "tag key", self.max_name_bytes)
+            tags[key] = _name(value, "tag value", self.max_name_bytes, True)
+        if len(tags) > self.max_tags:
+            raise LimitExceeded("tags of one connection", self.max_tags)
+        return tags
+
+    cdef int64_t now(self) except? -1:
+        if self.clock is None:
+            return monotonic_ns()
+        self.last_ns = _int64(self.clock(), "clock()")
+        return self.last_ns
+
+    cdef int remember_the_end(self, wsf_core *core) except -1:
+        """Ask the clocks for the last time, for the records that outlive the registry."""
+        try:
+            core.last_ns = _clock_of(core)
+        except Exception:
+            core.last_ns = self.last_ns  # a destructor has nobody to report to; earlier callers had the exception
+        core.last_wall = self.wall_clock()
+        return 0
+
+
+cdef _Settings _default_settings():
+    cdef _Settings settings = _Settings.__new__(_Settings)
+    settings.max_id_bytes = settings.max_name_bytes = 256
+    settings.max_tags = 64
+    settings.max_groups = 1024
+    settings.wall_clock = time
+    settings.values = {}
+    return settings
+
+
+# What the records of a registry that is gone go by. Their attributes can only be read, so the limits hardly matter.
+cdef _Settings _ORPHANS = _default_settings()
+
+
+cdef inline _Settings _settings_of(ConnectionMeta meta):
+    cdef PyObject *settings = wsf_core_settings(meta.r.shard.core)
+    return _ORPHANS if settings == NULL else <_Settings>wsf_object(settings)
+
+
+cdef int64_t _clock_of(wsf_core *core) except? -1:
+    cdef int64_t now_ns
+    cdef PyObject *settings
+    if core.has_native_clock:
+        now_ns = wsf_monotonic_ns()
+        if now_ns >= 0:
+            return now_ns
+    settings = wsf_core_settings(core)
+    if settings == NULL:
+        return _ORPHANS.now() if core.has_native_clock else core.last_ns
+    return (<_Settings>wsf_object(settings)).now()
+
+
+cdef inline int64_t _now_of(ConnectionMeta meta, object now_ns) except? -1:
+    if now_ns is None:
+        return _clock_of(meta.r.shard.core)
+    return _int64(now_ns, "now_ns", "int or None")
+
+
+cdef object _wall_time(ConnectionMeta meta, object at_ns):
+    """When the clock said `at_ns`, in seconds since the epoch."""
+    cdef wsf_core *core = meta.r.shard.core
+    cdef PyObject *settings = wsf_core_settings(core)
+    cdef object now_ns = core.last_ns if settings == NULL else _clock_of(core)
+    wall = core.last_wall if settings == NULL else (<_Settings>wsf_object(settings)).wall_clock()
+    return wall - (now_ns - at_ns) / 1e9
+
+
+# ---- records -----------------------------------------------------------------------------------------------------------
+
+
+@cython.final
+@cython.no_gc
+cdef class _Extras:
+    """What few records have. Never changed: a change puts another one in its place."""
+
+    cdef dict metadata
+    cdef dict extensions
+
+
+cdef inline _Extras _make_extras(dict metadata, dict extensions):
+    cdef _Extras extras = _Extras.__new__(_Extras)
+    extras.metadata = metadata
+    extras.extensions = extensions
+    return extras
+
+
+cdef class ConnectionMeta:
+    cdef wsf_record r
+    cdef object __weakref__
+
+    def __cinit__(self, *args):
+        if len(args) != 1 or args[0] is not _KEY:
+            raise TypeError("records are made by Registry.add")
+        self.r.slot = WSF_NO_SLOT
+        wsf_count_live(WSF_LIVE_RECORD, 1)
+
+    def __init__(self):
+        raise TypeError("records are made by Registry.add")
+
+    def __dealloc__(self):
+        cdef int i
+        if self.r.shard == NULL:
+            return  # the constructor raised
+        wsf_count_live(WSF_LIVE_RECORD, -1)
+        for i in range(WSF_OBJECT_FIELDS):
+            Py_XDECREF(self.r.objects[i])
+        Py_XDECREF(self.r.user)
+        Py_XDECREF(self.r.client_id)
+        wsf_index_release_tags(&self.r)
+        wsf_core_release(self.r.shard.core)
+
+    def __reduce__(self):
+        raise TypeError("a ConnectionMeta cannot be copied or pickled")
+
+    def __repr__(self):
+        return f"<{type(self).__name__} {self.client_id!r} {self.status.name}>"
+
+    @property
+    def client_id(self):
+        return <str>self.r.client_id
+
+    @property
+    def registry(self):
+        return _settings_of(self).registry() if wsf_record_attached(&self.r) else None
+
+    @property
+    def attached(self):
+        return wsf_record_attached(&self.r)
+
+    # ---- objects of the application
+
+    @property
+    def conn(self):
+        return wsf_object(wsf_record_read_conn(&self.r))
+
+    @conn.setter
+    def conn(self, value):
+        _assign(self, &self.r.conn, value)
+
+    @property
+    def session(self):
+        return wsf_object(wsf_record_read(&self.r, &self.r.objects[WSF_SESSION]))
+
+    @session.setter
+    def session(self, value):
+        _assign(self, &self.r.objects[WSF_SESSION], value)
+
+    @property
+    def device_info(self):
+        return wsf_object(wsf_record_read(&self.r, &self.r.objects[WSF_DEVICE_INFO]))
+
+    @device_info.setter
+    def device_info(self, value):
+        _assign(self, &self.r.objects[WSF_DEVICE_INFO], value)
+
+    @property
+    def metadata(self):
+        cdef _Extras extras = _extras_of(self)
+        return _EMPTY_MAPPING if extras is None or extras.metadata is None else MappingProxyType(extras.metadata)
+
+    @metadata.setter
+    def metadata(self, value):
+        cdef dict metadata = _mapping(value, "metadata", "metadata key", _settings_of(self).max_name_bytes)
+        _update_extras(self, metadata, None)
+
+    @property
+    def extensions(self):
+        cdef _Extras extras = _extras_of(self)
+        if extras is None or extras.extensions is None:
+            if not wsf_record_attached(&self.r):
+                return {}
+            _update_extras(self, None, {}, keep=True)
+            extras = _extras_of(self)
+        return {} if extras is None else extras.extensions
+
+    @extensions.setter
+    def extensions(self, value):
+        cdef dict extensions = _mapping(value, "extensions", "extension key", _settings_of(self).max_name_bytes)
+        _update_extras(self, None, extensions)
+
+    # ---- plain values
+
+    @property
+    def user_id(self):
+        return wsf_object(wsf_index_user_of(&self.r.shard.core.index, &self.r))
+
+    @user_id.setter
+    def user_id(self, value):
+        cdef str name = None if value is None else _name(value, "user id", _settings_of(self).max_name_bytes)
+        _set_user(self, name)
+
+    @property
+    def device_type(self):
+        return wsf_object(wsf_record_read(&self.r, &self.r.objects[WSF_DEVICE_TYPE]))
+
+    @device_type.setter
+    def device_type(self, value):
+        cdef _Settings settings = _settings_of(self)
+        if value is not None:
+            value = settings.shared(_name(value, "device type", settings.max_name_bytes))
+        _assign(self, &self.r.objects[WSF_DEVICE_TYPE], value)
+
+    @property
+    def permissions(self):
+        cdef PyObject *value = wsf_record_read(&self.r, &self.r.objects[WSF_PERMISSIONS])
+        return _NO_PERMISSIONS if value == NULL else wsf_object(value)
+
+    @permissions.setter
+    def permissions(self, value):
+        value = _settings_of(self).permission_set(value)
+        _assign(self, &self.r.objects[WSF_PERMISSIONS], value)
+
+    @property
+    def tags(self):
+        cdef PyObject *mapping = wsf_index_tags_of(&self.r.shard.core.index, &self.r)
+        return _EMPTY_MAPPING if mapping == NULL else MappingProxyType(wsf_object(mapping))
+
+    @tags.setter
+    def tags(self, value):
+        _set_tags(self, _settings_of(self).tags(value))
+
+    @property
+    def status(self):
+        cdef int status = wsf_record_status(&self.r)
+        return ConnectionStatus.OFFLINE if status < 0 else _STATUSES[status]
+
+    @status.setter
+    def status(self, value):
+        if not wsf_record_set_status(&self.r, <uint8_t>_status(value)):
+            raise DetachedRecord(self.client_id)
+
+    @property
+    def quality(self):
+        cdef wsf_record copy
+        wsf_record_snapshot(&self.r, &copy)
+        return Quality(copy.latency, copy.jitter, copy.loss)
+
+    @quality.setter
+    def quality(self, value):
+        if not isinstance(value, Quality):
+            raise TypeError(_wrong_type("quality", "a Quality", value))
+        latency, jitter, loss = value
+        for name, number in (("latency", latency), ("jitter", jitter)):
+            if not 0 <= number <= 1_000_000:
+                raise InvalidSetting(f"quality.{name}", number, "from 0 to 1000000")
+        if not 0 <= loss <= 1:
+            raise InvalidSetting("quality.loss", loss, "from 0 to 1")
+        if not wsf_record_set_quality(&self.r, latency, jitter, loss):
+            raise DetachedRecord(self.client_id)
+
+    @property
+    def groups(self):
+        cdef PyObject **names = NULL
+        cdef int64_t i, count = wsf_index_groups_of(&self.r.shard.core.index, &self.r, &names)
+        if count < 0:
+            raise MemoryError
+        return frozenset(_take_list(names, count))
+
+    # ---- times
+
+    @property
+    def deadline_ns(self):
+        cdef int64_t deadline_ns = wsf_record_deadline(&self.r)
+        return None if deadline_ns == WSF_NEVER else deadline_ns
+
+    @deadline_ns.setter
+    def deadline_ns(self, value):
+        cdef int64_t deadline_ns = WSF_NEVER
+        cdef int overflow = 0
+        if value is not None:
+            if not PyLong_Check(value):
+                raise TypeError(_wrong_type("deadline_ns", "int or None", value))
+            deadline_ns = PyLong_AsLongLongAndOverflow(value, &overflow)
+            if overflow or deadline_ns < 0 or deadline_ns == WSF_NEVER:
+                raise InvalidSetting("deadline_ns", value, "from 0 to 2**63 - 2")
+        if not wsf_record_set_deadline(&self.r, deadline_ns):
+            raise DetachedRecord(self.client_id)
+
+    @property
+    def created_ns(self):
+        return self.r.created_ns
+
+    @property
+    def last_active_ns(self):
+        return wsf_record_active(&self.r)
+
+    @property
+    def last_heartbeat_ns(self):
+        cdef wsf_record copy
+        wsf_record_snapshot(&self.r, &copy)
+        return copy.heartbeat_ns if copy.has_heartbeat else None
+
+    @property
+    def created(self):
+        return _wall_time(self, self.r.created_ns)
+
+    @property
+    def last_active(self):
+        return _wall_time(self, wsf_record_active(&self.r))
+
+    @property
+    def last_heartbeat(self):
+        heartbeat_ns = self.last_heartbeat_ns
+        return None if heartbeat_ns is None else _wall_time(self, heartbeat_ns)
+
+    @property
+    def idle(self):
+        # In objects, because the times may be as far apart as 64 bits reach.
+        cdef object now_ns = _now_of(self, None)
+        return max(0, now_ns - self.last_active_ns) / 1e9
+
+    # ---- counters
+
+    @property
+    def messages_in(self):
+        return self.r.messages_in
+
+    @property
+    def messages_out(self):
+        return self.r.messages_out
+
+    @property
+    def bytes_in(self):
+        return self.r.bytes_in
+
+    @property
+    def bytes_out(self):
+        return self.r.bytes_out
+
+    @property
+    def errors_in(self):
+        return self.r.errors_in
+
+    @property
+    def errors_out(self):
+        return self.r.errors_out
+
+    def touch(self, now_ns=None):
+        wsf_record_touch(&self.r, _now_of(self, now_ns), False)
+
+    def heartbeat(self, now_ns=None):
+        wsf_record_touch(&self.r, _now_of(self, now_ns), True)
+
+    def received(self, nbytes, messages=1):
+        cdef int64_t size = _at_least(nbytes, "nbytes", 0)
+        cdef int64_t count = _at_least(messages, "messages", 0)
+        wsf_record_received(&self.r, _now_of(self, None), <uint64_t>count, <uint64_t>size)
+
+    def sent(self, nbytes, messages=1):
+        cdef int64_t size = _at_least(nbytes, "nbytes", 0)
+        cdef int64_t count = _at_least(messages, "messages", 0)
+        wsf_record_sent(&self.r, <uint64_t>count, <uint64_t>size)
+
+    def failed(self, direction):
+        if direction != "in" and direction != "out":
+            raise InvalidSetting("direction", direction, "'in' or 'out'")
+        wsf_record_failed(&self.r, direction == "in")
+
+
+cdef list _take_list(PyObject **objects, int64_t count):
+    """A list of `count` objects whose references are stolen, as is the memory of the array."""
+    cdef int64_t i
+    cdef list taken = []
+    try:
+        taken = PyList_New(count)
+        for i in range(count):
+            PyList_SET_ITEM(taken, i, objects[i])
+        count = 0
+    finally:
+        for i in range(count):
+            Py_DECREF(<object>objects[i])
+        PyMem_Free(objects)
+    return taken
+
+
+cdef int _assign(ConnectionMeta meta, PyObject **field, object value) except -1:
+    """Store an object, None as NULL, in a field of an attached record."""
+    cdef PyObject *old = NULL
+    cdef PyObject *stored = NULL if value is None else <PyObject *>value
+    if stored != NULL:
+        Py_INCREF(value)  # for the field; given back below if the record is detached
+    if not wsf_record_swap(&meta.r, field, stored, &old):
+        Py_XDECREF(stored)
+        raise DetachedRecord(meta.client_id)
+    Py_XDECREF(old)
+    return 0
+
+
+cdef inline _Extras _extras_of(ConnectionMeta meta):
+    return <_Extras>wsf_object(wsf_record_read(&meta.r, &meta.r.objects[WSF_EXTRAS]))
+
+
+cdef int _update_extras(ConnectionMeta meta, dict metadata, dict extensions, bint keep=False) except -1:
+    """Put metadata or extensions (the one that is not None) in the place of the former ones, or with `keep` only where
+    there were none. A detached record is an error unless `keep` is set."""
+    cdef _Extras former, extras
+    cdef PyObject *old = NULL
+    cdef PyObject *expected
+    cdef int outcome = -1
+    while outcome < 0:  # until no other thread changed them in between
+        former = _extras_of(meta)
+        expected = NULL if former is None else <PyObject *>former
+        if keep and former is not None and former.extensions is not None:
+            return 0
+        extras = _make_extras(
+            metadata if metadata is not None or former is None else former.metadata,
+            extensions if extensions is not None or former is None else former.extensions,
+        )
+        Py_INCREF(extras)  # for the field
+        outcome = wsf_record_replace(&meta.r, &meta.r.objects[WSF_EXTRAS], expected, <PyObject *>extras, &old)
+        if outcome != 1:
+            Py_DECREF(extras)
+    if outcome == 0 and not keep:
+        raise DetachedRecord(meta.client_id)
+    Py_XDECREF(old)
+    return 0
+
+
+cdef int _check_outcome(ConnectionMeta meta, int outcome) except -1:
+    """Raise what a call of the index reports."""
+    if outcome == WSF_NO_MEMORY:
+        raise MemoryError
+    if outcome == WSF_DETACHED:
+        raise DetachedRecord(meta.client_id)
+    if outcome == WSF_TOO_MANY:
+        raise LimitExceeded("groups of one connection", _settings_of(meta).max_groups)
+    return 0
+
+
+cdef int _set_user(ConnectionMeta meta, str name) except -1:
+    cdef wsf_trash trash
+    wsf_trash_init(&trash)
+    cdef int outcome = wsf_index_set_user(
+        &meta.r.shard.core.index, &meta.r, NULL if name is None else <PyObject *>name, &trash
+    )
+    wsf_trash_release(&trash)
+    return _check_outcome(meta, outcome)
+
+
+cdef int _set_tags(ConnectionMeta meta, dict tags) except -1:
+    """Give a record these tags, which are checked and not changed any more."""
+    cdef wsf_trash trash
+    cdef list keys = list(tags)
+    cdef list values = list(tags.values())
+    cdef wsf_index *index = &meta.r.shard.core.index
+    cdef int outcome
+    wsf_trash_init(&trash)
+    outcome = wsf_index_set_tags(
+        index, &meta.r, PySequence_Fast_ITEMS(keys), PySequence_Fast_ITEMS(values), <uint32_t>len(keys), NULL, &trash
+    )
+    if outcome == WSF_NEEDS_MAPPING:
+        outcome = wsf_index_set_tags(
+            index, &meta.r, PySequence_Fast_ITEMS(keys), PySequence_Fast_ITEMS(values), <uint32_t>len(keys),
+            <PyObject *>tags, &trash,
+        )
+    wsf_trash_release(&trash)
+    return _check_outcome(meta, outcome)
+
+
+cdef inline void _set_field(PyObject **field, object value) noexcept:
+    """Fill an object field of a record that no other thread knows yet; None is NULL."""
+    if value is not None:
+        Py_INCREF(value)  # for the record
+        field[0] = <PyObject *>value
+
+
+cdef inline bint _has_turn(ConnectionMeta meta, int status) noexcept:
+    """Whether a walk may yield a record that it has collected before."""
+    cdef int now = wsf_record_status(&meta.r)
+    return now >= 0 and (status == WSF_ANY_STATUS or now == status)
+
+
+cdef inline ConnectionMeta _record_of(object meta):
+    if not isinstance(meta, ConnectionMeta):
+        raise TypeError(_wrong_type("meta", "a ConnectionMeta", meta))
+    return <ConnectionMeta>meta
+
+
+# ---- the registry ------------------------------------------------------------------------------------------------------
+
+
+@cython.final
+@cython.no_gc_clear  # the core borrows the settings
+cdef class _Core:
+    """Owns the core for the registry, so that it goes after the last method that could use it."""
+
+    cdef wsf_core *core
+    cdef _Settings settings
+
+    def __dealloc__(self):
+        if self.core != NULL:
+            wsf_core_orphan(self.core)
+            wsf_core_release(self.core)
+
+
+cdef object _finish(wsf_record *record, wsf_trash *trash):
+    """The second half of a removal. Returns the detached record; the registry's reference to it is stolen."""
+    wsf_core_forget(record, trash)
+    wsf_trash_release(trash)
+    return wsf_object(wsf_record_object(record))
+
+
+cdef int64_t _clear(wsf_core *core) except -1:
+    """Remove what a walk meets. What a destructor adds meanwhile takes a freed slot, which the walk has passed."""
+    cdef wsf_cursor cursor
+    cdef int64_t removed = 0
+    cdef list batch
+    cursor.shard = cursor.slot = 0
+    while batch := _collect(core, &cursor, WSF_ANY_STATUS, 100):
+        for meta in batch:
+            removed += _detach(<ConnectionMeta>meta)
+    return removed
+
+
+cdef bint _detach(ConnectionMeta meta) except -1:
+    """Remove a record from its registry, unless it has left already."""
+    cdef wsf_trash trash
+    cdef wsf_record *record
+    wsf_trash_init(&trash)
+    record = wsf_core_detach_record(&meta.r, &trash)
+    if record == NULL:
+        return False
+    _finish(record, &trash)
+    return True
+
+
+@cython.final
+@cython.no_gc
+cdef class _Filter:
+    """The filters of a walk, checked. `none`: a name that nobody can have."""
+
+    cdef str group
+    cdef str user
+    cdef str tag_key
+    cdef str tag_value
+    cdef int status
+    cdef bint none
+
+    cdef bint by_index(self):
+        return self.group is not None or self.user is not None or self.tag_key is not None
+
+
+cdef str _filter_name(_Filter wanted, object value, str kind, int64_t limit, bint may_be_empty=False):
+    cdef str text = _text(value, kind)
+    try:
+        return _name(text, kind, limit, may_be_empty)
+    except InvalidName:
+        wanted.none = True
+        return text
+
+
+cdef _Filter _make_filter(_Settings settings, object group, object user, object tag, object status):
+    cdef _Filter wanted = _Filter.__new__(_Filter)
+    cdef int64_t limit = settings.max_name_bytes
+    wanted.status = WSF_ANY_STATUS
+    if group is not None:
+        wanted.group = _filter_name(wanted, group, "group name", limit)
+    if user is not None:
+        wanted.user = _filter_name(wanted, user, "user id", limit)
+    if isinstance(tag, str):
+        wanted.tag_key = _filter_name(wanted, tag, "tag key", limit)
+    elif isinstance(tag, tuple) and len(tag) == 2:
+        wanted.tag_key = _filter_name(wanted, tag[0], "tag key", limit)
+        wanted.tag_value = _filter_name(wanted, tag[1], "tag value", limit, True)
+    elif tag is not None:
+        raise TypeError(_wrong_type("tag", "a key or a (key, value) pair", tag))
+    if status is not None:
+        wanted.status = _status(status)
+    return wanted
+
+
+cdef list _select(wsf_core *core, _Filter wanted):
+    """The records that match group, user and tag now."""
+    cdef wsf_query query
+    cdef PyObject **found = NULL
+    cdef int64_t count
+    if wanted.none:
+        return []
+    query.group = NULL if wanted.group is None else <PyObject *>wanted.group
+    query.user = NULL if wanted.user is None else <PyObject *>wanted.user
+    query.tag_key = NULL if wanted.tag_key is None else <PyObject *>wanted.tag_key
+    query.tag_value = NULL if wanted.tag_value is None else <PyObject *>wanted.tag_value
+    count = wsf_index_select(&core.index, &query, &found)
+    if count < 0:
+        raise MemoryError
+    return _take_list(found, count)
+
+
+cdef list _collect(wsf_core *core, wsf_cursor *cursor, int status, int64_t size):
+    """The next `size` records of a walk over the slots; fewer at the end, none after it."""
+    cdef PyObject *some[128]
+    cdef list batch = None
+    cdef size_t i, room, found
+    while size > 0:
+        room = <size_t>min(size, 128)
+        found = wsf_core_collect(core, cursor, status, some, room)
+        if batch is None:
+            batch = PyList_New(<Py_ssize_t>found)
+            for i in range(found):
+                PyList_SET_ITEM(batch, <Py_ssize_t>i, some[i])
+        else:
+            for i in range(found):
+                batch.append(wsf_object(some[i]))
+        size -= <int64_t>found
+        if found < room:
+            break
+    return batch
+
+
+cdef list _prepared_ids(object client_ids):
+    """A list of exact str, all hashed, that no other code holds."""
+    return [_text(client_id, "client id") for client_id in client_ids]
+
+
+class _Keys(KeysView):
+    __slots__ = ()
+
+    def __iter__(self):
+        return iter(self._mapping)
+
+
+class _Values(ValuesView):
+    __slots__ = ()
+
+    def __iter__(self):
+        return _records(self._mapping)
+
+    def __contains__(self, value):
+        return isinstance(value, ConnectionMeta) and value.registry is self._mapping
+
+
+class _Items(ItemsView):
+    __slots__ = ()
+
+    def __iter__(self):
+        for meta in _records(self._mapping):
+            yield (<ConnectionMeta>meta).client_id, meta
+
+
+def _records(Registry registry):
+    """Each record of the registry that is attached when its turn comes."""
+    cdef wsf_cursor cursor
+    cdef list batch
+    cursor.shard = cursor.slot = 0
+    while True:
+        batch = _collect(registry.core, &cursor, WSF_ANY_STATUS, 100)
+        if not batch:
+            return
+        for meta in batch:
+            if wsf_record_attached(&(<ConnectionMeta>meta).r):
+                yield meta
+
+
+cdef type _record_type(object kind):
+    """The class of the records. It may add no field: records drop all that could be part of a cycle when they are removed,
+    and the collector does not see them."""
+    if kind is None:
+        return ConnectionMeta
+    if not isinstance(kind, type) or not issubclass(kind, ConnectionMeta) or (
+        kind.__basicsize__ != ConnectionMeta.__basicsize__ or kind.__dictoffset__ != 0
+    ):
+        raise TypeError("record_type must be a subclass of ConnectionMeta with empty __slots__")
+    return kind
+
+
+@cython.collection_type("mapping")
+@cython.no_gc_clear  # the core must be there as long as a method can be called
+cdef class Registry:
+    cdef wsf_core *core  # of `holder`
+    cdef _Core holder
+    cdef _Settings settings
+    cdef object __weakref__
+    cdef public object owner
+
+    def __cinit__(
+        self, shards=64, *, max_id_bytes=256, max_name_bytes=256, max_tags=64, max_groups=1024, clock=None,
+        wall_clock=None, record_type=None
+    ):
+        cdef int64_t count = _int64(shards, "shards")
+        cdef _Settings settings = _Settings.__new__(_Settings)
+        if not 1 <= count <= WSF_MAX_SHARDS or count & (count - 1):
+            raise InvalidSetting("shards", shards, f"a power of two from 1 to {WSF_MAX_SHARDS}")
+        settings.max_id_bytes = _at_least(max_id_bytes, "max_id_bytes", 1)
+        settings.max_name_bytes = _at_least(max_name_bytes, "max_name_bytes", 1)
+        settings.max_tags = _at_least(max_tags, "max_tags", 0)
+        settings.max_groups = _at_least(max_groups, "max_groups", 0)
+        settings.clock = None if clock is monotonic_ns else clock
+        settings.wall_clock = time if wall_clock is None else wall_clock
+        settings.record_type = _record_type(record_type)
+        settings.registry = ref(self)
+        settings.values = {}
+        self.settings = settings
+        self.holder = _Core.__new__(_Core)
+        self.holder.settings = settings
+        self.holder.core = wsf_core_new(<uint32_t>count, <PyObject *>settings, settings.clock is None)
+        if self.holder.core == NULL:
+            raise MemoryError
+        self.core = self.holder.core
+
+    def __del__(self):
+        # Not in the destructor: dropping records runs code of the application, which may take references to this object.
+        if self.core != NULL:
+            _clear(self.core)
+        if self.core != NULL and wsf_core_is_shared(self.core):  # there are records that outlive it
+            self.settings.remember_the_end(self.core)
+
+    def __reduce__(self):
+        raise TypeError("a Registry cannot be copied or pickled")
+
+    def __repr__(self):
+        return f"<{type(self).__name__} with {len(self)} connections in {self.core.shard_count} shards>"
+
+    @property
+    def shards(self):
+        return self.core.shard_count
+
+    @property
+    def max_id_bytes(self):
+        return self.settings.max_id_bytes
+
+    @property
+    def max_name_bytes(self):
+        return self.settings.max_name_bytes
+
+    @property
+    def max_tags(self):
+        return self.settings.max_tags
+
+    @property
+    def max_groups(self):
+        return self.settings.max_groups
+
+    # ---- changes
+
+    def add(
+        self, client_id, conn=None, *, user_id=None, device_type=None, device_info=None, session=None, permissions=(),
+        tags=None, metadata=None, extensions=None, groups=(), status=_ONLINE, on_duplicate="reject"
+    ):
+        cdef _Settings settings = self.settings
+        cdef int64_t limit = settings.max_name_bytes
+        cdef uint32_t fnv1a = 0
+        cdef str key = _name_hashed(client_id, "client id", settings.max_id_bytes, &fnv1a)
+        cdef str user = None if user_id is None else _name(user_id, "user id", limit)
+        cdef dict tag_values, metadata_values, extension_values
+        cdef list group_names
+        if device_type is not None:
+            device_type = settings.shared(_name(device_type, "device type", limit))
+        allowed = None if permissions is () else settings.permission_set(permissions)
+        tag_values = None if tags is None else settings.tags(tags)
+        metadata_values = None if metadata is None else _mapping(metadata, "metadata", "metadata key", limit)
+        extension_values = None if extensions is None else _mapping(extensions, "extensions", "extension key", limit)
+        group_names = None if groups is () else _names(groups, "groups", "group name", limit)
+        if group_names is not None and len(group_names) > settings.max_groups:
+            raise LimitExceeded("groups of one connection", settings.max_groups)
+        cdef int state = _status(status)
+        if on_duplicate != "reject" and on_duplicate != "replace":
+            raise InvalidSetting("on_duplicate", on_duplicate, "'reject' or 'replace'")
+
+        cdef ConnectionMeta meta = self._new_record(key, fnv1a)
+        _set_field(&meta.r.objects[WSF_SESSION], session)
+        _set_field(&meta.r.objects[WSF_DEVICE_INFO], device_info)
+        _set_field(&meta.r.objects[WSF_DEVICE_TYPE], device_type)
+        _set_field(&meta.r.objects[WSF_PERMISSIONS], allowed)
+        if metadata_values or extension_values:
+            _set_field(&meta.r.objects[WSF_EXTRAS], _make_extras(metadata_values, extension_values))
+        self._attach(meta, conn, state, on_duplicate == "replace")
+        try:
+            self._index(meta, user, tag_values, group_names)
+        except BaseException:
+            self.remove(meta)
+            raise
+        return meta
+
+    cdef ConnectionMeta _new_record(self, str key, uint32_t fnv1a):
+        cdef PyTypeObject *kind = <PyTypeObject *>self.settings.record_type
+        cdef int64_t now_ns = _clock_of(self.core)
+        cdef ConnectionMeta meta = <ConnectionMeta?>kind.tp_new(kind, <PyObject *>_MAKE, NULL)
+        if kind.tp_flags & Py_TPFLAGS_HAVE_GC:
+            PyObject_GC_UnTrack(<PyObject *>meta)  # as every subclass written in Python
+        Py_INCREF(key)  # for the record
+        meta.r.client_id = <PyObject *>key
+        meta.r.shard = &self.core.shards[wsf_route(fnv1a, self.core.shard_count - 1)]
+        meta.r.created_ns = now_ns
+        wsf_core_retain(self.core)
+        return meta
+
+    cdef int _attach(self, ConnectionMeta meta, object conn, int status, bint replace) except -1:
+        cdef wsf_trash trash
+        cdef wsf_record *replaced = NULL
+        cdef int outcome
+        _set_field(&meta.r.conn, conn)
+        wsf_trash_init(&trash)
+        outcome = wsf_core_attach(&meta.r, <uint8_t>status, replace, &replaced, &trash)
+        if outcome != WSF_OK:
+            Py_XDECREF(meta.r.conn)
+            meta.r.conn = NULL
+            if outcome == WSF_NO_MEMORY:
+                raise MemoryError
+            raise DuplicateConnection(meta.client_id)
+        if replaced != NULL:
+            _finish(replaced, &trash)
+        return 0
+
+    cdef int _index(self, ConnectionMeta meta, str user, dict tags, list groups) except -1:
+        """Put a record that was just attached into the indexes. Another thread may have removed it by now."""
+        cdef str group
+        try:
+            if user is not None:
+                _set_user(meta, user)
+            if tags:
+                _set_tags(meta, tags)
+            if groups is not None:
+                for group in groups:
+                    self._join(meta, group)
+        except DetachedRecord:
+            pass  # then it is in no index, and its remover has it
+        return 0
+
+    def remove(self, client_id):
+        cdef wsf_trash trash
+        cdef wsf_record *record
+        cdef str key
+        if isinstance(client_id, ConnectionMeta):
+            return self._remove_record(<ConnectionMeta>client_id)
+        key = _text(client_id, "client id")
+        wsf_trash_init(&trash)
+        record = wsf_core_detach_id(self.core, <PyObject *>key, &trash)
+        return None if record == NULL else _finish(record, &trash)
+
+    cdef object _remove_record(self, ConnectionMeta meta):
+        if not wsf_record_attached(&meta.r):
+            return None
+        if meta.r.shard.core != self.core:
+            raise ForeignRecord(meta.client_id)
+        return meta if _detach(meta) else None
+
+    def clear(self):
+        return _clear(self.core)
+
+    # ---- lookups
+
+    def __getitem__(self, client_id):
+        cdef str key = _text(client_id, "client id")
+        cdef PyObject *found = wsf_core_get(self.core, <PyObject *>key)
+        if found == NULL:
+            raise UnknownConnection(key)
+        return wsf_object(found)
+
+    def get(self, client_id, default=None):
+        cdef PyObject *found
+        if PyUnicode_CheckExact(client_id):
+            PyObject_Hash(client_id)
+            found = wsf_core_get(self.core, <PyObject *>client_id)
+        else:
+            client_id = _text(client_id, "client id")
+            found = wsf_core_get(self.core, <PyObject *>client_id)
+        return default if found == NULL else wsf_object(found)
+
+    def get_many(self, client_ids):
+        cdef list found
+        cdef object ids = client_ids
+        cdef PyObject **items
+        cdef PyObject **out
+        cdef Py_ssize_t count, begin, chunk, i
+        if WSF_FREE_THREADED or not (PyList_CheckExact(ids) or PyTuple_CheckExact(ids)):
+            ids = tuple(ids)  # borrowing from a list that another thread may change is not safe
+        found = PyList_New(len(ids))  # may run the collector: `ids` is looked at after this
+        count = len(found)
+        if len(ids) != count:
+            return self.get_many(tuple(ids))
+        items = PySequence_Fast_ITEMS(ids)
+        out = PySequence_Fast_ITEMS(found)
+        for begin in range(0, count, WSF_CHUNK):
+            chunk = min(count - begin, WSF_CHUNK)
+            if wsf_ids_prepare(items + begin, <size_t>chunk) != <size_t>chunk:
+                ids = _prepared_ids(ids)  # raises, or there are subclasses of str
+                items = PySequence_Fast_ITEMS(ids)
+            wsf_core_get_many(self.core, items + begin, out + begin, <size_t>chunk)
+            for i in range(begin, begin + chunk):
+                if out[i] == NULL:
+                    Py_INCREF(None)
+                    out[i] = Py_None
+        return found
+
+    def __contains__(self, client_id):
+        cdef str key = _text(client_id, "client id")
+        return wsf_core_contains(self.core, <PyObject *>key)
+
+    def __len__(self):
+        return <Py_ssize_t>wsf_core_size(self.core)
+
+    def __bool__(self):
+        return True
+
+    def __iter__(self):
+        for meta in _records(self):
+            yield (<ConnectionMeta>meta).client_id
+
+    def keys(self):
+        return _Keys(self)
+
+    def values(self):
+        return _Values(self)
+
+    def items(self):
+        return _Items(self)
+
+    def shard_of(self, client_id):
+        cdef uint32_t fnv1a = 0
+        _name_hashed(client_id, "client id", self.settings.max_id_bytes, &fnv1a)
+        return wsf_route(fnv1a, self.core.shard_count - 1)
+
+    # ---- walks
+
+    def batches(self, size=100, *, group=None, user=None, tag=None, status=None):
+        cdef int64_t most = _at_least(size, "size", 1)
+        return self._batches(most, _make_filter(self.settings, group, user, tag, status))
+
+    def _batches(self, int64_t size, _Filter wanted):
+        cdef wsf_cursor cursor
+        cdef list batch, members
+        cdef ConnectionMeta meta
+        if not wanted.by_index():
+            cursor.shard = cursor.slot = 0
+            while batch := _collect(self.core, &cursor, wanted.status, size):
+                yield batch
+            return
+        members = _select(self.core, wanted)
+        batch = []
+        for meta in members:
+            if _has_turn(meta, wanted.status):
+                batch.append(meta)
+                if len(batch) == size:
+                    yield batch
+                    batch = []
+        if batch:
+            yield batch
+
+    def for_each(self, fn, *, group=None, user=None, tag=None, status=None):
+        cdef _Filter wanted = _make_filter(self.settings, group, user, tag, status)
+        cdef wsf_cursor cursor
+        cdef int64_t calls = 0
+        cdef list batch
+        cdef ConnectionMeta meta
+        cdef bint by_index = wanted.by_index()
+        cursor.shard = cursor.slot = 0
+        while True:
+            batch = _select(self.core, wanted) if by_index else _collect(self.core, &cursor, wanted.status, 100)
+            for meta in batch:
+                if _has_turn(meta, wanted.status):
+                    calls += 1
+                    if fn(meta) is False:
+                        return calls
+            if by_index or not batch:
+                return calls
+
+    # ---- indexes
+
+    def join(self, meta, group):
+        cdef ConnectionMeta record = _record_of(meta)
+        cdef str name = _name(group, "group name", self.settings.max_name_bytes)
+        self._check_home(record)
+        return self._join(record, name)
+
+    cdef bint _join(self, ConnectionMeta meta, str group) except -1:
+        cdef uint32_t most = <uint32_t>min(self.settings.max_groups, 0xFFFFFFFF)
+        cdef int outcome = wsf_index_join(&self.core.index, &meta.r, <PyObject *>group, most)
+        _check_outcome(meta, outcome)
+        return outcome
+
+    def leave(self, meta, group):
+        cdef ConnectionMeta record = _record_of(meta)
+        cdef str name = _text(group, "group name")
+        cdef wsf_trash trash
+        cdef int outcome
+        self._check_home(record)
+        wsf_trash_init(&trash)
+        outcome = wsf_index_leave(&self.core.index, &record.r, <PyObject *>name, &trash)
+        wsf_trash_release(&trash)
+        _check_outcome(record, outcome)
+        return outcome == 1
+
+    cdef int _check_home(self, ConnectionMeta meta) except -1:
+        if not wsf_record_attached(&meta.r):
+            raise DetachedRecord(meta.client_id)
+        if meta.r.shard.core != self.core:
+            raise ForeignRecord(meta.client_id)
+        return 0
+
+    def group(self, name):
+        return self._members(_make_filter(self.settings, _text(name, "group name"), None, None, None))
+
+    def by_user(self, user_id):
+        return self._members(_make_filter(self.settings, None, _text(user_id, "user id"), None, None))
+
+    cdef list _members(self, _Filter wanted):
+        return _select(self.core, wanted)
+
+    def groups(self):
+        cdef PyObject **names = NULL
+        cdef uint32_t *sizes = NULL
+        cdef int64_t count = wsf_index_groups(&self.core.index, &names, &sizes)
+        if count < 0:
+            PyMem_Free(names)
+            PyMem_Free(sizes)
+            raise MemoryError
+        try:
+            return {name: sizes[i] for i, name in enumerate(_take_list(names, count))}
+        finally:
+            PyMem_Free(sizes)
+
+    def due(self, now, limit=1000):
+        cdef int64_t now_ns = _int64(now, "now")
+        cdef int64_t most = min(_at_least(limit, "limit", 1), <int64_t>wsf_core_size(self.core))
+        cdef wsf_due_entry *entries
+        cdef list found = []
+        cdef size_t i, some
+        cdef uint32_t shard
+        if most == 0:
+            return found
+        entries = <wsf_due_entry *>PyMem_Malloc(<size_t>most * sizeof(wsf_due_entry))
+        if entries == NULL:
+            raise MemoryError
+        try:
+            for shard in range(self.core.shard_count):
+                some = wsf_shard_due(&self.core.shards[shard], now_ns, entries, <size_t>most)
+                for i in range(some):
+                    found.append(wsf_object(entries[i].object))
+                most -= <int64_t>some
+                if most == 0:
+                    break
+        finally:
+            PyMem_Free(entries)
+        return found
+
+    # ---- figures
+
+    def now_ns(self):
+        return _clock_of(self.core)
+
+    def shard_stats(self):
+        cdef wsf_shard_figures figures
+        cdef uint32_t shard
+        cdef list stats = []
+        for shard in range(self.core.shard_count):
+            wsf_shard_measure(&self.core.shards[shard], &figures)
+            stats.append({
+                "connections": figures.connections,
+                "adds": figures.counters.adds,
+                "removes": figures.counters.removes,
+                "messages_in": figures.counters.messages_in,
+                "messages_out": figures.counters.messages_out,
+                "bytes_in": figures.counters.bytes_in,
+                "bytes_out": figures.counters.bytes_out,
+                "errors_in": figures.counters.errors_in,
+                "errors_out": figures.counters.errors_out,
+                "longest_probe": figures.longest_probe,
+            })
+        return stats
+
+    def stats(self):
+        cdef uint32_t groups = 0, users = 0, tags = 0
+        cdef dict total = {}
+        for shard in self.shard_stats():
+            for name, value in shard.items():
+                total[name] = max(total.get(name, 0), value) if name == "longest_probe" else total.get(name, 0) + value
+        wsf_index_sizes(&self.core.index, &groups, &users, &tags)
+        total["shards"] = self.core.shard_count
+        total["groups"] = groups
+        total["users"] = users
+        total["tags"] = tags
+        return total
+
+    def __sizeof__(self):
+        cdef Py_ssize_t record_size = ConnectionMeta.__basicsize__
+        return <Py_ssize_t>wsf_core_bytes(self.core) + len(self) * record_size + object.__sizeof__(self)
+
+    def _check(self):
+        """Abort if an invariant is broken; does something in a debug build only, with no other thread at work."""
+        wsf_core_check(self.core)
+
+
+Mapping.register(Registry)
+
+
+# ---- functions ---------------------------------------------------------------------------------------------------------
+
+
+def fnv1_32(data, /):
+    cdef const uint8_t[::1] view = memoryview(data).cast("B")
+    return wsf_fnv1_32(&view[0], <size_t>view.shape[0]) if view.shape[0] else wsf_fnv1_32(NULL, 0)
+
+
+def fnv1a_32(data, /):
+    cdef const uint8_t[::1] view = memoryview(data).cast("B")
+    return wsf_fnv1a_32(&view[0], <size_t>view.shape[0]) if view.shape[0] else wsf_fnv1a_32(NULL, 0)
+
+
+def _live():
+    """Live objects of the core by kind in a debug build; None otherwise."""
+    cdef int64_t *counters = wsf_live_counters()
+    if counters == NULL:
+        return None
+    kinds = ("records", "cores", "blocks", "sets", "tagsets", "allocations")
+    return {kind: counters[i] for i, kind in enumerate(kinds)}

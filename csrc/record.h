@@ -1,0 +1,86 @@
+/* The record of one connection: what ConnectionMeta holds, as C sees it.
+ *
+ * A record is embedded in its Python object (wsf_record_object gives it back) and lives as long as that object. It is
+ * born with a reference to the owner of its core and keeps it, so `shard` stays valid memory for any holder of the
+ * object, attached or not. It is attached while `slot` names its place in the shard.
+ *
+ * Who guards what: the shard lock guards `slot` (which others may read with wsf_record_attached, as a hint that only
+ * the holder of a lock can rely on), the object fields, counters, times and quality; the index lock guards `user`,
+ * `tags`, `groups` and the positions. Everything a sweep reads (deadline, last activity, status) is not here but in the
+ * shard's slots. Three cache lines on a GIL build, head of the object and weak references included.
+ */
+#ifndef WSF_RECORD_H
+#define WSF_RECORD_H
+
+#include "platform.h"
+
+#define WSF_NO_SLOT UINT32_C(0xFFFFFFFF)
+/* First word of a wsf_set; never a slot, so what the user table points to can be told apart (index.h). */
+#define WSF_SET_MARK UINT32_C(0xFFFFFFFE)
+#define WSF_NEVER INT64_MAX
+#define WSF_MOST_ERRORS UINT32_C(0x7FFFFFFF)
+
+struct wsf_shard;
+struct wsf_core;
+struct wsf_tagset;
+struct wsf_memberships;
+
+/* Fields that hold an object, all owned, NULL for None. The first ones may hold anything, so they are dropped when the
+ * record is detached, as is `conn`; the last two hold plain values that cannot be part of a cycle, and stay. */
+enum { WSF_SESSION, WSF_DEVICE_INFO, WSF_EXTRAS, WSF_DEVICE_TYPE, WSF_PERMISSIONS, WSF_OBJECT_FIELDS,
+       WSF_DROPPED_FIELDS = WSF_DEVICE_TYPE };
+
+typedef struct wsf_record {
+    uint32_t slot;       /* in the shard, or WSF_NO_SLOT: detached */
+    uint32_t user_pos;   /* in the user's set */
+    PyObject *client_id; /* owned, exact str, hash computed; NULL in a record that was never added */
+    struct wsf_shard *shard;
+    PyObject *user; /* owned, exact str or NULL; stays when detached */
+    union {
+        struct wsf_tagset *set; /* attached: borrowed from the index, which it is counted in */
+        PyObject *mapping;      /* detached: owned dict or NULL */
+    } tags;
+    struct wsf_memberships *groups; /* owned; NULL: in none */
+    union {
+        PyObject *conn;             /* attached: owned or NULL */
+        int64_t detached_active_ns; /* detached: last activity, now that no slot holds it */
+    };
+    PyObject *objects[WSF_OBJECT_FIELDS];
+    int64_t created_ns, heartbeat_ns;
+    uint64_t messages_in, messages_out, bytes_in, bytes_out;
+    uint32_t errors_in;                            /* errors stop at WSF_MOST_ERRORS */
+    uint32_t errors_out : 31, has_heartbeat : 1;
+    float latency, jitter, loss;
+    uint32_t tag_pos; /* in the tag set */
+} wsf_record;
+
+static inline int wsf_record_attached(const wsf_record *record)
+{
+    return WSF_LOAD32((uint32_t *)&record->slot) != WSF_NO_SLOT;
+}
+
+/* The Python object that a record is embedded in; borrowed. The offset is the size of an object's head. */
+#ifndef WSF_WITHOUT_PYTHON
+static inline PyObject *wsf_record_object(const wsf_record *record)
+{
+    return (PyObject *)((char *)record - sizeof(PyObject));
+}
+#endif
+
+/* Ask for the memory that taking a reference to the record will write. record: may be NULL. */
+static inline void wsf_record_prefetch(const wsf_record *record)
+{
+    WSF_PREFETCH((uintptr_t)record - sizeof(PyObject));
+}
+
+static inline uint32_t wsf_record_hash(const void *item)
+{
+    return wsf_fold_hash(wsf_text_hash(((const wsf_record *)item)->client_id));
+}
+
+static inline int wsf_record_equals(const void *item, const void *client_id)
+{
+    return wsf_text_equal(((const wsf_record *)item)->client_id, (PyObject *)client_id);
+}
+
+#endif

@@ -1,0 +1,58 @@
+"""Builds the native core, ``wsfast._core``, from ``csrc/``; all other configuration is in pyproject.toml.
+
+Switches, for developers, in the environment: ``WSFAST_DEBUG=1`` compiles assertions and live-object counters in,
+``WSFAST_SANITIZE=address,undefined`` (or ``thread``) the sanitizers of the C compiler, and ``WSFAST_STRICT=1`` makes
+errors of the warnings of Cython and of the C compiler.
+"""
+
+import os
+import sys
+
+from Cython.Build import cythonize
+from Cython.Compiler import Options
+from setuptools import Extension, setup
+
+DEBUG = os.environ.get("WSFAST_DEBUG") == "1"
+SANITIZE = os.environ.get("WSFAST_SANITIZE", "")
+STRICT = os.environ.get("WSFAST_STRICT") == "1"
+
+Options.warning_errors = STRICT
+
+if sys.platform == "win32":
+    compile_args = ["/O2", "/std:c11"]
+else:
+    compile_args = ["-O3", "-std=c11", "-fvisibility=hidden", "-Wall"]
+if STRICT and sys.platform != "win32":
+    compile_args += ["-Wextra", "-Wno-unused-parameter", "-Wno-missing-field-initializers", "-Werror"]
+link_args = []
+if DEBUG:
+    compile_args += ["-O1", "-g3", "-UNDEBUG"]
+if SANITIZE:
+    compile_args += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
+    link_args += [f"-fsanitize={SANITIZE}"]
+
+core = Extension(
+    "wsfast._core",
+    ["csrc/_core.pyx", "csrc/core.c", "csrc/index.c", "csrc/platform.c", "csrc/table.c"],
+    include_dirs=["csrc"],
+    depends=["csrc/core.pxd", *(f"csrc/{name}.h" for name in ("core", "fnv", "index", "platform", "record", "table"))],
+    define_macros=[("WSF_DEBUG", "1")] if DEBUG else [],
+    extra_compile_args=compile_args,
+    extra_link_args=link_args,
+)
+
+setup(
+    ext_modules=cythonize(
+        [core],
+        include_path=["csrc"],
+        force=STRICT,
+        compiler_directives={
+            "language_level": 3,
+            "boundscheck": False,
+            "wraparound": False,
+            "cdivision": True,
+            "embedsignature": True,
+            "show_performance_hints": STRICT,
+        },
+    )
+)
