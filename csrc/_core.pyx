@@ -1,4 +1,4 @@
-# cython: language_level=3
+# cython: language_level=3, freethreading_compatible=True
 """The native core of wsfast: the binding between the C structures of this folder and Python.
 
 It checks arguments, owns the Python side of references and raises exceptions; every algorithm is in C. The contract,
@@ -295,9 +295,6 @@ cdef class ConnectionMeta:
             raise TypeError("records are made by Registry.add")
         self.r.slot = WSF_NO_SLOT
         wsf_count_live(WSF_LIVE_RECORD, 1)
-
-    def __init__(self):
-        raise TypeError("records are made by Registry.add")
 
     def __dealloc__(self):
         cdef int i
@@ -1288,14 +1285,18 @@ Mapping.register(Registry)
 # ---- functions ---------------------------------------------------------------------------------------------------------
 
 
+cdef bytes _bytes_of(object data):
+    return <bytes>data if type(data) is bytes else memoryview(data).tobytes()
+
+
 def fnv1_32(data, /):
-    cdef const uint8_t[::1] view = memoryview(data).cast("B")
-    return wsf_fnv1_32(&view[0], <size_t>view.shape[0]) if view.shape[0] else wsf_fnv1_32(NULL, 0)
+    cdef bytes octets = _bytes_of(data)
+    return wsf_fnv1_32(<const uint8_t *><const char *>octets, <size_t>len(octets))
 
 
 def fnv1a_32(data, /):
-    cdef const uint8_t[::1] view = memoryview(data).cast("B")
-    return wsf_fnv1a_32(&view[0], <size_t>view.shape[0]) if view.shape[0] else wsf_fnv1a_32(NULL, 0)
+    cdef bytes octets = _bytes_of(data)
+    return wsf_fnv1a_32(<const uint8_t *><const char *>octets, <size_t>len(octets))
 
 
 def _live():
@@ -1303,5 +1304,5 @@ def _live():
     cdef int64_t *counters = wsf_live_counters()
     if counters == NULL:
         return None
-    kinds = ("records", "cores", "blocks", "sets", "tagsets", "allocations")
+    kinds = ("records", "registries", "blocks", "sets", "tagsets", "allocations")
     return {kind: counters[i] for i, kind in enumerate(kinds)}

@@ -6,8 +6,8 @@
  * sanitizers without an interpreter.
  *
  * Locks. Where the GIL exists it is the lock: every function here runs attached and never gives it up, so wsf_lock
- * is empty. On a free-threaded build it is a PyMutex. Order: the index lock may be held when a shard lock is taken,
- * never the other way round, and never two shard locks. Nothing that could run Python code happens under one:
+ * is empty. On a free-threaded build it is a PyMutex. Never is more than one held, so there is no order to get wrong.
+ * Nothing that could run Python code happens under one:
  * references are taken under a lock and released after it (wsf_trash).
  */
 #ifndef WSF_PLATFORM_H
@@ -147,6 +147,7 @@ static inline uint64_t wsf_text_hash(PyObject *text)
     return (uint64_t)((PyASCIIObject *)text)->hash;
 #endif
 }
+#endif
 
 static inline int wsf_text_equal(PyObject *a, PyObject *b)
 {
@@ -157,7 +158,6 @@ static inline int wsf_text_equal(PyObject *a, PyObject *b)
         return 0;
     return memcmp(PyUnicode_DATA(a), PyUnicode_DATA(b), (size_t)PyUnicode_GET_LENGTH(a) * PyUnicode_KIND(a)) == 0;
 }
-#endif
 
 /* The 32 bits of a keyed 64-bit string hash that tables use. */
 static inline uint32_t wsf_fold_hash(uint64_t hash) { return (uint32_t)(hash >> 32) ^ (uint32_t)hash; }

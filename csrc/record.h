@@ -60,12 +60,10 @@ static inline int wsf_record_attached(const wsf_record *record)
 }
 
 /* The Python object that a record is embedded in; borrowed. The offset is the size of an object's head. */
-#ifndef WSF_WITHOUT_PYTHON
 static inline PyObject *wsf_record_object(const wsf_record *record)
 {
     return (PyObject *)((char *)record - sizeof(PyObject));
 }
-#endif
 
 /* Ask for the memory that taking a reference to the record will write. record: may be NULL. */
 static inline void wsf_record_prefetch(const wsf_record *record)

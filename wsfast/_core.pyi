@@ -18,40 +18,24 @@ Words used here:
 Every call either does all it says or raises and changes nothing. Arguments are checked in the order of the
 signature, and a mapping or iterable argument is read once, before anything changes.
 
-Threads: every method may be called from any thread, with and without the GIL. No Python code runs under a lock.
+Threads: every method may be called from any thread, with and without the GIL; an iterator, as everywhere in Python, is
+for one thread at a time. No Python code runs under a lock.
 """
 
-from collections.abc import Buffer, Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
-from typing import Any, Literal, TypedDict, TypeVar, final, overload
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from typing import Any, Literal, Self, TypeVar, overload
 
-from wsfast.connection import ConnectionStatus, Quality
+from typing_extensions import Buffer, disjoint_base
+
+from wsfast.connection import ConnectionStatus, Quality, ShardStats, Stats
+
+__all__ = ["ConnectionMeta", "Registry", "fnv1_32", "fnv1a_32"]
 
 _T = TypeVar("_T")
 
 _Tag = str | tuple[str, str]
 
-class ShardStats(TypedDict):
-    """Counters of one shard since the registry was made; all of them integers."""
-
-    connections: int  # attached now
-    adds: int  # a replacement counts as one add and one remove
-    removes: int
-    messages_in: int
-    messages_out: int
-    bytes_in: int
-    bytes_out: int
-    errors_in: int
-    errors_out: int
-    longest_probe: int  # most table entries that a lookup of a present id has to pass now; 0 in the reference
-
-class Stats(ShardStats):
-    """The sums over all shards (``longest_probe``: the maximum), and the size of the indexes."""
-
-    shards: int
-    groups: int
-    users: int
-    tags: int  # distinct (key, value) pairs in use
-
+@disjoint_base
 class ConnectionMeta:
     """Everything known about one connection. Made by ``Registry.add``, never directly (``TypeError``).
 
@@ -179,6 +163,7 @@ class ConnectionMeta:
     def failed(self, direction: Literal["in", "out"]) -> None:
         """Count an error. Another direction is ``InvalidSetting("direction", value, "'in' or 'out'")``."""
 
+@disjoint_base
 class Registry:
     """Who is connected. A ``Mapping[str, ConnectionMeta]`` with indexes by group, user and tag.
 
@@ -201,8 +186,8 @@ class Registry:
     owner: Any
     """For whoever builds on the registry (the manager puts itself here); None at first."""
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         shards: int = 64,
         *,
         max_id_bytes: int = 256,
@@ -212,7 +197,7 @@ class Registry:
         clock: Callable[[], int] | None = None,
         wall_clock: Callable[[], float] | None = None,
         record_type: type[ConnectionMeta] | None = None,
-    ) -> None: ...
+    ) -> Self: ...
     @property
     def shards(self) -> int: ...
     @property
@@ -265,7 +250,7 @@ class Registry:
         """
     def clear(self) -> int:
         """Remove every connection that is there when the call comes to its shard; returns how many."""
-    def __getitem__(self, client_id: str) -> ConnectionMeta:
+    def __getitem__(self, client_id: str, /) -> ConnectionMeta:
         """Raises ``UnknownConnection`` (a ``KeyError``) where absent."""
     @overload
     def get(self, client_id: str) -> ConnectionMeta | None: ...
@@ -279,7 +264,7 @@ class Registry:
         Cost: O(ids); the lookups overlap their waits for memory, so one call for many ids is several times
         faster than as many calls of ``get`` where the registry is larger than the caches.
         """
-    def __contains__(self, client_id: object) -> bool: ...
+    def __contains__(self, client_id: object, /) -> bool: ...
     def __len__(self) -> int: ...
     def __bool__(self) -> Literal[True]:
         """A registry is true, also when it is empty, so that ``registry or default`` cannot lose one."""

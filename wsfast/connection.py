@@ -8,15 +8,15 @@ that the core and the reference can share it without sharing code.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
-from wsfast.errors import DetachedRecord
+from wsfast.errors import DetachedRecord, ManagerClosed, PeerClosed
 
 if TYPE_CHECKING:
     from wsfast._core import Registry
     from wsfast.delivery import Message
 
-__all__ = ["ConnectionStatus", "Quality", "Verbs"]
+__all__ = ["ConnectionStatus", "Quality", "ShardStats", "Stats", "Verbs"]
 
 
 class ConnectionStatus(IntEnum):
@@ -47,18 +47,53 @@ class Quality(NamedTuple):
     """Share of recent pings that were not answered in time, 0 to 1. On TCP a ping is late, never lost."""
 
 
+class ShardStats(TypedDict):
+    """Counters of one shard since its registry was made."""
+
+    connections: int
+    """Attached now."""
+    adds: int
+    """A replacement counts as one add and one remove."""
+    removes: int
+    messages_in: int
+    messages_out: int
+    bytes_in: int
+    bytes_out: int
+    errors_in: int
+    errors_out: int
+    longest_probe: int
+    """Most table entries that a lookup of a present id has to pass now; 0 in the reference."""
+
+
+class Stats(ShardStats):
+    """The sums over all shards (``longest_probe``: the maximum), and the sizes of the indexes."""
+
+    shards: int
+    groups: int
+    users: int
+    tags: int
+    """Distinct (key, value) pairs in use."""
+
+
 class Verbs:
     """What an application does with a connection it holds; mixed into the records that a manager makes.
 
     The class adds no field, so a record stays invisible to the garbage collector. A record finds its manager
-    through its registry: after the record was removed, each verb raises ``DetachedRecord``.
+    through its registry.
+
+    A connection may end at any moment, also between two lines of its own handler. Its record is detached then, and
+    ``send`` says what has happened: ``PeerClosed``. ``join`` and ``leave`` raise ``DetachedRecord``; ``close`` has
+    nothing left to do.
     """
 
     __slots__ = ()
 
     if TYPE_CHECKING:
-        client_id: str
-        registry: Registry | None
+
+        @property
+        def client_id(self) -> str: ...
+        @property
+        def registry(self) -> Registry | None: ...
 
     def join(self, group: str) -> bool:
         """Join *group*; False if the connection was in it already. See ``Registry.join``."""
@@ -70,11 +105,16 @@ class Verbs:
 
     async def send(self, message: Message) -> None:
         """Send one message to this connection. See ``ConnectionManager.send``."""
-        await _manager(self).send(self, message)
+        registry = self.registry
+        if registry is None:
+            raise PeerClosed(self.client_id)
+        await _manager(registry).send(self, message)
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """Close this connection with *code* and *reason*. See ``ConnectionManager.disconnect``."""
-        await _manager(self).disconnect(self, code, reason)
+        registry = self.registry
+        if registry is not None:
+            await _manager(registry).disconnect(self, code, reason)
 
 
 def _registry(record: Verbs) -> Registry:
@@ -84,5 +124,7 @@ def _registry(record: Verbs) -> Registry:
     return registry
 
 
-def _manager(record: Verbs) -> Any:
-    return _registry(record).owner
+def _manager(registry: Registry) -> Any:
+    if registry.owner is None:
+        raise ManagerClosed("not started")
+    return registry.owner

@@ -1,0 +1,216 @@
+"""Two threads on one registry, with ids that the other one does not touch; against one thread that has it for itself.
+
+Each thread has its own half of the connections, and goes through the ids of its half in random order:
+
+* *get_many*: calls with 1,000 ids each.
+* *get_many and changes*: the same, and after each call 50 of its ids are removed and added again: one change for each
+  ten look-ups.
+* *get*: the same ids, a call for each.
+
+The threads start from a barrier; wall-clock time passes from the first of them to the end of the last. Ids are chosen
+before. One thread alone and two threads take turns, so a busy machine slows both. *Scaling* is the throughput of
+both threads divided by that of one.
+
+Without a GIL, a thread counts references to objects that it made without atomic instructions, and all other ones with
+them. So there are two ways: *own*, each thread has made its ids and added its connections, as in a server with an event
+loop for each thread; *foreign*, a third thread has made everything.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+from typing import TypeAlias
+
+from bench.harness import Benchmark, Report, Samples, figure, gil_enabled
+from bench.population import SEED, make_conns, make_ids
+from bench.stores import DICT, GENERATION_2, NATIVE, STORES, Store
+
+_IDS_OF_A_CALL = 1_000
+_CHANGES_OF_A_CALL = 50
+_GET_MANY = "get_many"
+_CHANGES = "get_many and changes"
+_GET = "get"
+_ONE, _TWO = "one thread", "two threads"
+
+
+@dataclass(frozen=True)
+class _Effort:
+    connections: int  # of each thread
+    rounds: dict[str, int]  # by store, so that all take about as long
+    repetitions: int
+
+
+_FULL = _Effort(50_000, {DICT: 20, GENERATION_2: 1, NATIVE: 20}, repetitions=15)
+_QUICK = _Effort(2_000, {DICT: 1, GENERATION_2: 1, NATIVE: 1}, repetitions=2)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one thread works with: its ids in calls, and connection objects for as many as a call has."""
+
+    calls: list[list[str]]
+    conns: tuple[object, ...]
+
+    @property
+    def connections(self) -> int:
+        return len(self.calls) * _IDS_OF_A_CALL
+
+
+_Work: TypeAlias = Callable[[Store, _Share, int], None]
+
+
+def _make_share(number: int, connections: int) -> _Share:
+    ids = make_ids(connections, SEED + number)
+    Random(SEED + number).shuffle(ids)
+    calls = [ids[begin : begin + _IDS_OF_A_CALL] for begin in range(0, connections, _IDS_OF_A_CALL)]
+    return _Share(calls, make_conns(_IDS_OF_A_CALL))
+
+
+# ---- what a thread does ----------------------------------------------------------------------------------------------
+
+
+def _get_many(store: Store, share: _Share, rounds: int) -> None:
+    for _ in range(rounds):
+        for call in share.calls:
+            store.get_many(call)
+
+
+def _get_many_and_changes(store: Store, share: _Share, rounds: int) -> None:
+    conns = share.conns[:_CHANGES_OF_A_CALL]
+    changes = [call[:_CHANGES_OF_A_CALL] for call in share.calls]
+    for _ in range(rounds):
+        for call, changed in zip(share.calls, changes, strict=True):
+            store.get_many(call)
+            store.remove(changed)
+            store.add(changed, conns)
+
+
+def _get(store: Store, share: _Share, rounds: int) -> None:
+    for _ in range(rounds):
+        for call in share.calls:
+            store.look_up(call)
+
+
+_WORK: dict[str, _Work] = {_GET_MANY: _get_many, _CHANGES: _get_many_and_changes, _GET: _get}
+
+
+def _fill(store: Store, share: _Share) -> None:
+    for call in share.calls:
+        store.add(call, share.conns)
+    for _ in range(2):
+        _get(store, share, 1)  # the best state of generation 2
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------------
+
+
+class _Workers:
+    """Threads that live through the benchmark, because an object's owner is the thread that made it."""
+
+    def __init__(self, count: int) -> None:
+        self._threads = [ThreadPoolExecutor(1, "worker") for _ in range(count)]
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for thread in self._threads:
+            thread.shutdown()
+
+    def call(self, number: int, function: Callable[..., _Share | None], *args: object) -> _Share | None:
+        """What *function* returns or raises in one of the threads."""
+        return self._threads[number].submit(function, *args).result()
+
+    def clock(self, work: Sequence[tuple[int, Callable[[], None]]]) -> float:
+        """Seconds that pieces of work take side by side, each in the thread of that number."""
+        barrier = threading.Barrier(len(work))
+
+        def timed(function: Callable[[], None]) -> tuple[int, int]:
+            barrier.wait()
+            begin = time.perf_counter_ns()
+            function()
+            return begin, time.perf_counter_ns()
+
+        pending = [self._threads[number].submit(timed, function) for number, function in work]
+        begins, ends = zip(*(future.result() for future in pending), strict=True)
+        return (max(ends) - min(begins)) / 1e9
+
+
+def _take(
+    workers: _Workers, store: Store, shares: Sequence[_Share], work: _Work, effort: _Effort, rounds: int
+) -> Samples:
+    """Ids a second, of one thread (by turns this and the other one) and of all."""
+    jobs = [(number, partial(work, store, share, rounds)) for number, share in enumerate(shares)]
+    samples = Samples()
+    for repetition in range(effort.repetitions):
+        alone = repetition % len(jobs)
+        samples.add(_ONE, rounds * shares[alone].connections / workers.clock([jobs[alone]]))
+        samples.add(_TWO, rounds * sum(share.connections for share in shares) / workers.clock(jobs))
+    return samples
+
+
+def _check(store: Store, shares: Sequence[_Share]) -> None:
+    for share in shares:
+        for call in share.calls:
+            if None in store.get_many(call):
+                raise AssertionError("an id was not found")
+    if len(store.held) != sum(share.connections for share in shares):
+        raise AssertionError(f"{len(store.held)} connections are left")
+
+
+def _measure(workers: _Workers, name: str, effort: _Effort, *, own: bool) -> dict[str, Samples]:
+    """Samples of each kind of work for one store."""
+    store = STORES[name]()
+    shares = []
+    for number in range(2):
+        maker = number if own else 2
+        share = workers.call(maker, _make_share, number, effort.connections)
+        assert share is not None
+        workers.call(maker, _fill, store, share)
+        shares.append(share)
+    found = {}
+    for title, work in _WORK.items():
+        found[title] = _take(workers, store, shares, work, effort, effort.rounds[name])
+        _check(store, shares)
+    store.clear()
+    return found
+
+
+def _report_way(report: Report, title: str, found: dict[str, dict[str, Samples]]) -> None:
+    rows = []
+    for name, by_work in found.items():
+        for work, samples in by_work.items():
+            one, two, scaling = samples.median(_ONE), samples.median(_TWO), samples.ratio(_TWO, _ONE)
+            rows.append([f"{name}, {work}", figure(one / 1e6), figure(two / 1e6), figure(scaling, "x")])
+            report.row(made_by=title, implementation=name, work=work, one_per_s=one, two_per_s=two, scaling=scaling)
+    report.table(f"ids and connections made by {title}: million ids a second", ["", _ONE, _TWO, "scaling"], rows)
+
+
+def run(report: Report) -> None:
+    """Print a table for each of the two ways."""
+    gc.disable()
+    effort = _QUICK if report.quick else _FULL
+    ways = {"the thread itself": True, "another thread": False}
+    native: dict[str, dict[str, Samples]] = {}
+    with _Workers(3) as workers:
+        for title, own in ways.items():
+            found = {name: _measure(workers, name, effort, own=own) for name in effort.rounds}
+            _report_way(report, title, found)
+            native[title] = found[NATIVE]
+    if gil_enabled():
+        report.note("The targets need a free-threaded build of Python with the GIL off; this one has it on.")
+        return
+    for title, by_work in native.items():
+        for work, least in ((_GET_MANY, 1.8), (_CHANGES, 1.6)):
+            what = f"{work}, 2 threads to one, made by {title}"
+            report.at_least(what, by_work[work].ratio(_TWO, _ONE), least, "x")
+
+
+BENCHMARK = Benchmark("threads", "two threads against one; without the GIL they should be nearly twice as fast", run)

@@ -1,0 +1,239 @@
+"""What the tests of the server share: both event loops, both registries, servers and peers on real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import importlib.util
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any, ClassVar
+
+import pytest
+import websockets
+from websockets.asyncio.client import ClientConnection
+from websockets.asyncio.server import ServerConnection
+
+from wsfast import ConnectionManager, Event, adapters
+from wsfast.adapters import Closed, Outgoing
+from wsfast.adapters.websockets import serve
+
+DEADLINE_S = 10.0
+
+Handler = Callable[[ServerConnection], Awaitable[None]]
+
+
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Every asynchronous test here runs on each loop there is."""
+    factories: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.new_event_loop}
+    if importlib.util.find_spec("uvloop") is not None:
+        factories["uvloop"] = importlib.import_module("uvloop").new_event_loop
+    return factories
+
+
+async def until(condition: Callable[[], object], what: str = "") -> None:
+    """Wait until *condition* holds; fail after a deadline that only a hang can reach."""
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            # What is waited for happens in a library or in another process: nothing there sets an event.
+            while not condition():  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
+    except TimeoutError:
+        pytest.fail(f"still not true after {DEADLINE_S} s: {what or condition}")
+
+
+@pytest.fixture(params=["native", "reference"])
+def registry_name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+async def manager(registry_name: str) -> AsyncIterator[ConnectionManager]:
+    """A started manager, with each registry in turn. At the end of a test nothing may be left in it."""
+    manager = ConnectionManager(registry=registry_name)  # type: ignore[arg-type]
+    async with manager:
+        yield manager
+    assert len(manager.registry) == 0
+    stats = manager.stats()
+    assert stats["opened"] == stats["closed"]
+    assert stats["event_errors"] == 0
+
+
+class Seen(list[Event]):
+    """The events that a manager published, of some types."""
+
+    def __init__(self, manager: ConnectionManager, *types: type[Event]) -> None:
+        super().__init__()
+        for event_type in types or (Event,):
+            manager.on(event_type, self.append)
+
+
+@contextlib.asynccontextmanager
+async def serving(handler: Handler, manager: ConnectionManager | None = None, **options: Any) -> AsyncIterator[str]:
+    """The address of a server on a free port: the library's own, or wsfast's if there is a manager."""
+    if manager is not None:
+        options["manager"] = manager
+    async with serve(handler, "127.0.0.1", 0, **options) as server:
+        yield f"ws://127.0.0.1:{next(iter(server.sockets)).getsockname()[1]}"
+
+
+def client(url: str, **options: Any) -> Any:
+    """A connection of the ``websockets`` library, whose limits do not matter here."""
+    options.setdefault("proxy", None)
+    return websockets.connect(url, max_size=None, **options)
+
+
+async def received(ws: ClientConnection, count: int) -> list[str | bytes]:
+    async with asyncio.timeout(DEADLINE_S):
+        return [await ws.recv() for _ in range(count)]
+
+
+async def close_of(ws: ClientConnection) -> tuple[int | None, str | None]:
+    """Wait until *ws* is closed by the other side, and tell how."""
+    async with asyncio.timeout(DEADLINE_S):
+        await ws.wait_closed()
+    return ws.close_code, ws.close_reason
+
+
+class RawPeer:
+    """A WebSocket client that does only what it is told to: no pong, no closing handshake, no reading.
+
+    Its socket is closed after the test if the test does not do so.
+    """
+
+    sockets: ClassVar[list[socket.socket]] = []
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+
+    @classmethod
+    async def connect(cls, url: str, path: str = "/") -> RawPeer:
+        host, port = url.removeprefix("ws://").rsplit(":", 1)
+        loop = asyncio.get_running_loop()
+        sock = socket.socket()
+        cls.sockets.append(sock)
+        sock.setblocking(False)
+        await loop.sock_connect(sock, (host, int(port)))
+        key = base64.b64encode(os.urandom(16)).decode()
+        request = (
+            f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        )
+        await loop.sock_sendall(sock, request.encode())
+        answer = b""
+        while b"\r\n\r\n" not in answer:
+            # Byte by byte, so that what follows the handshake stays in the socket.
+            answer += await loop.sock_recv(sock, 1)
+        assert answer.startswith(b"HTTP/1.1 101 "), answer
+        return cls(sock)
+
+    async def send(self, data: bytes) -> None:
+        await asyncio.get_running_loop().sock_sendall(self.sock, data)
+
+    async def read(self, count: int) -> bytes:
+        data = b""
+        async with asyncio.timeout(DEADLINE_S):
+            while len(data) < count:
+                more = await asyncio.get_running_loop().sock_recv(self.sock, count - len(data))
+                assert more, f"closed after {data!r}"
+                data += more
+        return data
+
+    def reset(self) -> None:
+        """Close with a TCP reset."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+@pytest.fixture(autouse=True)
+def _close_raw_peers() -> Iterator[None]:
+    yield
+    while RawPeer.sockets:
+        RawPeer.sockets.pop().close()
+
+
+def masked(opcode: int, payload: bytes, fin: bool = True) -> bytes:
+    """A client's frame (RFC 6455, 5.2), masked with zeros."""
+    first = (0x80 if fin else 0) | opcode
+    if len(payload) < 126:
+        head = struct.pack("!BB", first, 0x80 | len(payload))
+    elif len(payload) < 65536:
+        head = struct.pack("!BBH", first, 0x80 | 126, len(payload))
+    else:
+        head = struct.pack("!BBQ", first, 0x80 | 127, len(payload))
+    return head + bytes(4) + payload
+
+
+class FakeLink:
+    """A connection of a library that exists only here, to bring about what a real one does rarely."""
+
+    def __init__(self) -> None:
+        self.got: list[str | bytes] = []
+        self.open = True
+        self.direct = True
+        self.raises: Exception | None = None
+        self.buffered = False
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+
+class FakeAdapter:
+    """The adapter of :class:`FakeLink`; implements ``wsfast.adapters.Adapter``."""
+
+    name = "fakes"
+
+    def recognises(self, ws: object) -> bool:
+        return isinstance(ws, FakeLink)
+
+    def attach(self, ws: FakeLink, record: Any, lost: Callable[[], None]) -> Callable[[], None]:
+        return lambda: None
+
+    def counts_sent(self, ws: FakeLink) -> bool:
+        return False
+
+    def is_open(self, ws: FakeLink) -> bool:
+        return ws.open
+
+    def closed(self, ws: FakeLink) -> Closed | None:
+        return None if ws.open else Closed(4000, "gone", "peer")
+
+    def remote_address(self, ws: FakeLink) -> str:
+        return ""
+
+    def send_nowait(self, ws: FakeLink, out: Outgoing) -> bool | None:
+        if ws.raises is not None:
+            raise ws.raises
+        if not ws.direct:
+            return None
+        ws.got.append(out.message)
+        return not ws.buffered
+
+    async def drain(self, ws: FakeLink) -> None:
+        await ws.gate.wait()
+
+    async def send(self, ws: FakeLink, out: Outgoing) -> None:
+        await ws.gate.wait()
+        if ws.raises is not None:
+            raise ws.raises
+        ws.got.append(out.message)
+
+    async def close(self, ws: FakeLink, code: int, reason: str) -> None:
+        ws.open = False
+
+    def abort(self, ws: FakeLink) -> None:
+        ws.open = False
+
+
+@pytest.fixture
+def fake_links(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make managers accept :class:`FakeLink` for the time of a test."""
+    monkeypatch.setattr(adapters, "_registered", [])
+    monkeypatch.setattr(adapters, "_by_type", {})
+    adapters.register_adapter(FakeAdapter())
+    yield

@@ -1,0 +1,354 @@
+"""Connections of the ``websockets`` library (15 or newer, its asyncio implementation), and a ``serve`` that counts.
+
+``websockets.serve(handler, host, port)`` becomes ``serve(handler, host, port, manager=manager)``: every connection is
+registered while its handler runs and it lives, the handler finds the record as ``connection.wsfast``, and what goes
+over the wire is counted on it without a line in the handler:
+
+- *Messages and bytes*, both ways, whoever sends them and by whichever of the library's ways. Bytes are the payload of
+  data messages as the application sees them: UTF-8 for text, after decompression on the way in, before compression on
+  the way out. Frame headers, control frames and TLS are not counted. A message counts when its last fragment has come
+  in, or has been handed to the transport; its bytes count fragment by fragment.
+- *Signs of life*: any byte that comes in, so also a ping, a pong, or a part of a frame.
+
+What passes between the opening handshake and the registration is counted too, once there is a record.
+
+A connection of the library's own ``serve`` can be attached as well. Then the messages that the manager sends are
+counted, and the handler may report the others with ``conn.received`` and ``conn.sent``.
+
+How it is done: the connection and its protocol are given subclasses that override documented methods (``data_received``
+and ``connection_lost`` of asyncio protocols, ``send_text``, ``send_binary`` and ``send_continuation`` of the sans-I/O
+protocol) and ``process_event``. Nothing is wrapped per instance, so no reference cycle is added.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from websockets.asyncio import server as _library
+from websockets.asyncio.server import Server, ServerConnection
+from websockets.exceptions import ProtocolError
+from websockets.frames import DATA_OPCODES, Frame
+from websockets.protocol import OPEN
+from websockets.server import ServerProtocol
+
+from wsfast.adapters import Closed, Outgoing
+from wsfast.errors import (
+    DuplicateConnection,
+    InvalidName,
+    InvalidSetting,
+    LimitExceeded,
+    ManagerClosed,
+    PeerClosed,
+)
+
+if TYPE_CHECKING:
+    from wsfast._core import ConnectionMeta
+    from wsfast.manager import ConnectionManager
+
+__all__ = ["ADAPTER", "serve", "unix_serve"]
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[ServerConnection], Awaitable[None]]
+Keywords = Mapping[str, Any]
+Identify = Callable[[ServerConnection], Keywords | Awaitable[Keywords | None] | None]
+
+# RFC 6455, 5.5: a control frame has at most 125 bytes, of which the code takes two.
+_MAX_REASON_BYTES = 123
+
+# What a client may have caused by what it asked for; it is told the text.
+_REFUSALS = (DuplicateConnection, InvalidName, InvalidSetting, LimitExceeded)
+
+
+class WebsocketsAdapter:
+    """Implements ``wsfast.adapters.Adapter`` for ``websockets.asyncio.server.ServerConnection``."""
+
+    name = "websockets"
+
+    def recognises(self, ws: object) -> bool:
+        return isinstance(ws, ServerConnection)
+
+    def attach(self, ws: ServerConnection, record: ConnectionMeta, lost: Callable[[], None]) -> Callable[[], object]:
+        if isinstance(ws, _ManagedMixin):
+            ws.wsfast_traffic.begin(record, lost)
+            return ws.wsfast_traffic.end
+        # The library tells nobody else when a connection ends: a handler that does not read would never notice.
+        watcher = asyncio.get_running_loop().create_task(ws.wait_closed())
+        watcher.add_done_callback(lambda _: lost())
+        return watcher.cancel
+
+    def counts_sent(self, ws: ServerConnection) -> bool:
+        return isinstance(ws, _ManagedMixin)
+
+    def is_open(self, ws: ServerConnection) -> bool:
+        return ws.protocol.state is OPEN and not ws.transport.is_closing()
+
+    def closed(self, ws: ServerConnection) -> Closed | None:
+        protocol = ws.protocol
+        sent, received = protocol.close_sent, protocol.close_rcvd
+        if received is not None and (sent is None or protocol.close_rcvd_then_sent):
+            return Closed(received.code, received.reason, "peer")
+        if sent is not None:
+            return Closed(sent.code, sent.reason, "us")
+        return None if self.is_open(ws) else Closed()
+
+    def remote_address(self, ws: ServerConnection) -> str:
+        address = ws.remote_address
+        if not isinstance(address, tuple):
+            return str(address or "")
+        host, port = address[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    def send_nowait(self, ws: ServerConnection, out: Outgoing) -> bool | None:
+        try:
+            if out.is_text:
+                ws.protocol.send_text(out.payload)
+            else:
+                ws.protocol.send_binary(out.payload)
+        except ProtocolError:  # a fragmented message is under way: nothing may come between its fragments
+            return None
+        ws.send_data()
+        return ws.transport.get_write_buffer_size() == 0
+
+    async def drain(self, ws: ServerConnection) -> None:
+        await ws.drain()
+
+    async def send(self, ws: ServerConnection, out: Outgoing) -> None:
+        await ws.send(out.message)
+
+    async def close(self, ws: ServerConnection, code: int, reason: str) -> None:
+        await ws.close(code, reason)
+
+    def abort(self, ws: ServerConnection) -> None:
+        ws.transport.abort()
+
+
+ADAPTER = WebsocketsAdapter()
+
+
+def serve(
+    handler: Handler,
+    host: str | None = None,
+    port: int | None = None,
+    *,
+    manager: ConnectionManager | None = None,
+    attach: bool = True,
+    identify: Identify | None = None,
+    create_connection: Callable[..., ServerConnection] | None = None,
+    **options: Any,
+) -> Server:
+    """``websockets.asyncio.server.serve`` whose connections *manager* knows and counts.
+
+    All other arguments are the library's own and mean the same; without a *manager* this is the library's ``serve``.
+
+    Args:
+        manager: where connections are registered; started before the first of them arrives.
+        attach: register each connection while its handler runs, as if the handler's body stood inside
+            ``async with manager.attach(connection, **identify(connection))``. With False the handler does that itself,
+            and only the counting is added. A handler that calls ``manager.attach`` although *attach* is True takes
+            over: the automatic record ends with a ``ConnectionClosed``, the new one goes on with its counters.
+        identify: called with the connection after the opening handshake (``connection.request`` is there); returns the
+            keywords of ``manager.attach``, such as ``{"client_id": ..., "user_id": ...}``. May be asynchronous. By
+            default there are none, and the client id is generated.
+
+            If it returns None, or raises, the connection is closed with 1008 and the handler is not called. The reason
+            is the text of the exception if it is one of wsfast's own about a name, a setting or a limit, which are
+            fit for the client to read; the text of any other exception is logged and not shown. An id that is taken
+            is refused with 1008 as well, and a client that comes while the manager closes gets 1001.
+        create_connection: as for the library: a subclass of ``ServerConnection`` or a function that makes one. The
+            connection keeps all it does, and is counted as well.
+
+    Returns:
+        The library's ``Server``, to be awaited or used in ``async with``.
+    """
+    if manager is None:
+        return _library.serve(handler, host, port, create_connection=cast("Any", create_connection), **options)
+    if attach:
+        handler = functools.partial(_run_attached, handler, manager, identify)
+    factory = _managed_factory(create_connection or ServerConnection)
+    return _library.serve(handler, host, port, create_connection=cast("Any", factory), **options)
+
+
+def unix_serve(handler: Handler, path: str | None = None, **options: Any) -> Server:
+    """:func:`serve` on a Unix socket at *path*, as the library's ``unix_serve``."""
+    return serve(handler, unix=True, path=path, **options)
+
+
+async def _run_attached(
+    handler: Handler, manager: ConnectionManager, identify: Identify | None, ws: ServerConnection
+) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            keywords = await _identified(ws, identify)
+            if keywords is None:
+                await ws.close(1008, "identification failed")
+                return
+            attachment = manager.attach(ws, **keywords)
+            attachment.gives_way = True
+            await stack.enter_async_context(attachment)
+        except PeerClosed:
+            return  # it went away before it was identified; there is nobody to serve
+        except ManagerClosed:
+            await ws.close(1001, "the server is going away")
+            return
+        except _REFUSALS as error:
+            await ws.close(1008, _reason(error))
+            return
+        except Exception:
+            logger.exception("cannot identify the connection from %s", ADAPTER.remote_address(ws))
+            await ws.close(1008, "identification failed")
+            return
+        await handler(ws)
+
+
+async def _identified(ws: ServerConnection, identify: Identify | None) -> Keywords | None:
+    if identify is None:
+        return {}
+    keywords = identify(ws)
+    return await keywords if inspect.isawaitable(keywords) else keywords
+
+
+def _reason(error: Exception) -> str:
+    """The text of *error*, cut to what fits a close frame."""
+    return str(error).encode(errors="replace")[:_MAX_REASON_BYTES].decode(errors="ignore")
+
+
+class _Traffic:
+    """What a connection and its protocol share: where their traffic is counted, and who wants to know of the end.
+
+    Traffic is counted on the record, or here until there is one.
+    """
+
+    __slots__ = ("bytes_in", "bytes_out", "lost", "messages_in", "messages_out", "record")
+
+    def __init__(self) -> None:
+        self.record: ConnectionMeta | None = None
+        self.lost: Callable[[], None] | None = None
+        self.messages_in = self.bytes_in = self.messages_out = self.bytes_out = 0
+
+    def received(self, nbytes: int, messages: int) -> None:
+        if self.record is not None:
+            self.record.received(nbytes, messages)
+        else:
+            self.bytes_in += nbytes
+            self.messages_in += messages
+
+    def sent(self, nbytes: int, messages: int) -> None:
+        if self.record is not None:
+            self.record.sent(nbytes, messages)
+        else:
+            self.bytes_out += nbytes
+            self.messages_out += messages
+
+    def begin(self, record: ConnectionMeta, lost: Callable[[], None]) -> None:
+        self.record = record
+        self.lost = lost
+        if self.messages_in or self.bytes_in:
+            record.received(self.bytes_in, self.messages_in)
+        record.sent(self.bytes_out, self.messages_out)
+        self.messages_in = self.bytes_in = self.messages_out = self.bytes_out = 0
+
+    def end(self) -> None:
+        # The record stays: detached, it counts nothing and holds nothing, and a handler that goes on a little longer
+        # than its connection is told so by the record itself.
+        self.lost = None
+
+
+class _CountingProtocol(ServerProtocol):
+    """A ``ServerProtocol`` that counts the messages it is told to send: all of them pass through here."""
+
+    wsfast_traffic: _Traffic
+
+    def send_text(self, data: Any, fin: bool = True) -> None:
+        super().send_text(data, fin)
+        self.wsfast_traffic.sent(_size(data), int(fin))
+
+    def send_binary(self, data: Any, fin: bool = True) -> None:
+        super().send_binary(data, fin)
+        self.wsfast_traffic.sent(_size(data), int(fin))
+
+    def send_continuation(self, data: Any, fin: bool) -> None:
+        super().send_continuation(data, fin)
+        self.wsfast_traffic.sent(_size(data), int(fin))
+
+    def fail(self, code: Any, reason: str = "") -> None:
+        # A ping was not answered, or the peer broke the protocol. The library waits for the peer to end the TCP
+        # connection even so, ten seconds by default; nothing will be delivered any more.
+        super().fail(code, reason)
+        if self.wsfast_traffic.lost is not None:
+            asyncio.get_running_loop().call_soon(self.wsfast_traffic.lost)
+
+
+class _ManagedMixin(ServerConnection):
+    """What is put before the class of a connection that ``serve(manager=...)`` makes."""
+
+    wsfast_traffic: _Traffic
+
+    @property
+    def wsfast(self) -> ConnectionMeta | None:
+        """The record of this connection; None before it is registered, detached after it has ended."""
+        return self.wsfast_traffic.record
+
+    def data_received(self, data: bytes) -> None:
+        record = self.wsfast_traffic.record
+        if record is not None:
+            record.touch()
+        super().data_received(data)
+        # Once the peer's close frame is here, nothing will be delivered any more, although the library leaves it to the
+        # peer to end the TCP connection.
+        lost = self.wsfast_traffic.lost
+        if lost is not None and self.protocol.close_expected():
+            lost()
+
+    def process_event(self, event: Any) -> None:
+        if isinstance(event, Frame) and event.opcode in DATA_OPCODES:
+            self.wsfast_traffic.received(_size(event.data), int(event.fin))
+        super().process_event(event)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self.wsfast_traffic.lost is not None:
+            self.wsfast_traffic.lost()
+        # The library's protocol and its parser refer to each other, so both wait for the garbage collector. The record
+        # must not wait with them.
+        cast("_CountingProtocol", self.protocol).wsfast_traffic = _Traffic()
+
+
+def _size(data: Any) -> int:
+    return data.nbytes if isinstance(data, memoryview) else len(data)
+
+
+# Class of a connection -> the same with the mixin before it. One entry for each class that a program serves.
+_managed_classes: dict[type[ServerConnection], type[_ManagedMixin]] = {}
+
+
+def _managed_class(cls: type[ServerConnection]) -> type[_ManagedMixin]:
+    managed = _managed_classes.get(cls)
+    if managed is None:
+        bases = (_ManagedMixin,) if cls is ServerConnection else (_ManagedMixin, cls)
+        managed = type(cls.__name__, bases, {"__module__": cls.__module__, "__doc__": cls.__doc__})
+        _managed_classes[cls] = managed
+    return managed
+
+
+def _managed_factory(create: Callable[..., ServerConnection]) -> Callable[..., ServerConnection]:
+    """Something to pass as ``create_connection`` that makes what *create* makes, with counting."""
+
+    def create_managed(protocol: ServerProtocol, server: Server, **options: Any) -> ServerConnection:
+        made = _managed_class(create) if isinstance(create, type) else create
+        connection = made(protocol, server, **options)
+        if not isinstance(connection, _ManagedMixin):
+            # A function made it, so its class was not known before. The mixin adds no state that __init__ would set.
+            connection.__class__ = _managed_class(type(connection))
+        # The library holds on to the protocol it made, so it cannot be replaced by another object.
+        protocol.__class__ = _CountingProtocol
+        protocol.wsfast_traffic = connection.wsfast_traffic = _Traffic()  # type: ignore[attr-defined]
+        return connection
+
+    return create_managed

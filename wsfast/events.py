@@ -1,0 +1,208 @@
+"""What happens to connections, as typed events, and the bus that hands them to subscribers.
+
+The bus hides who listens. A publisher pays one dictionary lookup where nobody does, so events that cost something
+to build are built only if :meth:`EventBus.wants` says so.
+
+Promises:
+
+- Subscribers of an event are called in the order in which they subscribed, whether they subscribed to its type or
+  to a base of it.
+- A plain callback runs inside ``publish``. An ``async def`` callback runs later, in one task, one at a time, in the
+  order of the events; a slow one therefore delays the asynchronous callbacks behind it, and nothing else.
+- What waits for that task is bounded. When the queue is full, the newest call is dropped, counted in
+  :attr:`EventBus.dropped`, and logged once until the queue has been empty again.
+- An exception of a subscriber reaches neither the publisher nor other subscribers. It is counted in
+  :attr:`EventBus.errors` and logged with its traceback.
+
+Not promised: that an asynchronous callback still finds the world as its event describes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+from wsfast.errors import InvalidSetting
+
+if TYPE_CHECKING:
+    from wsfast._core import ConnectionMeta
+
+__all__ = ["ConnectionClosed", "ConnectionOpened", "Event", "EventBus"]
+
+logger = logging.getLogger(__name__)
+
+_E = TypeVar("_E", bound="Event")
+_Callback = Callable[[Any], object]
+_Route = tuple[tuple[_Callback, bool], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Base of all events. Subscribe to it to receive every one; it is never published itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionOpened(Event):
+    """A connection was registered. Its record is complete; nothing was sent to it yet."""
+
+    conn: ConnectionMeta
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionClosed(Event):
+    """A connection ended and is no longer registered.
+
+    The record is detached: it still tells ids, tags, times and counters. What a detached record drops was read
+    before, and is in the event.
+
+    Attributes:
+        conn: the detached record.
+        code: close code (RFC 6455, 7.4): the peer's if the peer closed, ours if we did, 1006 if the link broke.
+        reason: the text that came with the code; may be empty.
+        by: who ended it. "network" means that no close frame was seen in either direction.
+        duration_s: seconds from registration to now.
+        session, metadata, groups: of the record, as they were just before.
+    """
+
+    conn: ConnectionMeta
+    code: int
+    reason: str
+    by: Literal["peer", "us", "network"]
+    duration_s: float
+    # These belong to the application and may hold secrets: they stay out of the repr, and so out of logs.
+    session: Any = field(repr=False)
+    metadata: Mapping[str, Any] = field(repr=False)
+    groups: frozenset[str]
+
+
+class EventBus:
+    """Hands published events to subscribers; see the module's docstring for what it promises.
+
+    Args:
+        max_queued: most calls of asynchronous callbacks that may wait.
+
+    Threads: the event loop's only. Subscribing is also allowed before the loop runs.
+    """
+
+    def __init__(self, *, max_queued: int = 10_000) -> None:
+        if max_queued < 1:
+            raise InvalidSetting("max_queued", max_queued, "1 or more")
+        self.errors = 0
+        self.dropped = 0
+        self._max_queued = max_queued
+        self._subscriptions: list[tuple[type[Event], _Callback]] = []
+        # Event type -> its callbacks, and whether each is asynchronous. Filled on demand, emptied by every change.
+        self._routes: dict[type[Event], _Route] = {}
+        self._queue: deque[tuple[Callable[[Any], Awaitable[object]], Event]] = deque()
+        self._task: asyncio.Task[None] | None = None
+        self._overflowing = False
+
+    def on(self, event_type: type[_E], callback: Callable[[_E], object]) -> Callable[[], None]:
+        """Call *callback* with every event of *event_type* or of a subclass of it.
+
+        Returns:
+            A function that ends the subscription. Calling it again does nothing. Calls that wait already are made.
+
+        Raises:
+            TypeError: *event_type* is not a subclass of ``Event``, or *callback* cannot be called.
+        """
+        if not (isinstance(event_type, type) and issubclass(event_type, Event)):
+            raise TypeError(f"event_type must be a subclass of Event, not {event_type!r}")
+        if not callable(callback):
+            raise TypeError(f"callback must be callable, not {type(callback).__name__}")
+        # A tuple of its own for each call, so that the same callback subscribed twice is ended one at a time.
+        subscription: tuple[type[Event], _Callback] = (event_type, callback)
+        self._subscriptions.append(subscription)
+        self._routes.clear()
+
+        def unsubscribe() -> None:
+            for index, known in enumerate(self._subscriptions):
+                if known is subscription:
+                    del self._subscriptions[index]
+                    self._routes.clear()
+                    return
+
+        return unsubscribe
+
+    def wants(self, event_type: type[Event]) -> bool:
+        """Whether anybody would receive an event of this type. Cost: one dictionary lookup."""
+        route = self._routes.get(event_type)
+        return bool(self._route(event_type) if route is None else route)
+
+    def publish(self, event: Event) -> None:
+        """Hand *event* to its subscribers. Never raises what a subscriber raised.
+
+        Cost: one dictionary lookup without subscribers; with them, their plain callbacks.
+        """
+        event_type = type(event)
+        route = self._routes.get(event_type)
+        if route is None:
+            route = self._route(event_type)
+        for callback, is_async in route:
+            if is_async:
+                self._enqueue(cast("Callable[[Any], Awaitable[object]]", callback), event)
+                continue
+            try:
+                callback(event)
+            except Exception:
+                self._failed(callback, event)
+
+    async def join(self) -> None:
+        """Wait until every asynchronous call that waits now, or is added meanwhile, was made."""
+        while self._task is not None and not self._task.done():
+            await asyncio.wait([self._task])
+
+    async def close(self, timeout_s: float) -> None:
+        """Give the waiting calls *timeout_s* seconds, then drop and count what is left."""
+        if self._task is None or self._task.done():
+            return
+        await asyncio.wait([self._task], timeout=timeout_s)
+        if not self._task.done():
+            left = len(self._queue)
+            self._queue.clear()
+            self.dropped += left
+            self._task.cancel()
+            logger.warning("closed while a subscriber was still running; %d calls behind it were dropped", left)
+
+    def _route(self, event_type: type[Event]) -> _Route:
+        route = tuple(
+            (callback, _is_async(callback))
+            for wanted, callback in self._subscriptions
+            if issubclass(event_type, wanted)
+        )
+        self._routes[event_type] = route
+        return route
+
+    def _enqueue(self, callback: Callable[[Any], Awaitable[object]], event: Event) -> None:
+        if len(self._queue) >= self._max_queued:
+            self.dropped += 1
+            if not self._overflowing:
+                self._overflowing = True
+                logger.warning("%d calls wait for asynchronous subscribers; dropping new ones", self._max_queued)
+            return
+        self._queue.append((callback, event))
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._work_off())
+
+    async def _work_off(self) -> None:
+        """Make the queued calls until none is left. The task lives no longer than that, so an idle bus has none."""
+        while self._queue:
+            callback, event = self._queue.popleft()
+            try:
+                await callback(event)
+            except Exception:
+                self._failed(callback, event)
+        self._overflowing = False
+
+    def _failed(self, callback: _Callback, event: Event) -> None:
+        self.errors += 1
+        logger.exception("subscriber %r failed on %s", callback, type(event).__name__)
+
+
+def _is_async(callback: _Callback) -> bool:
+    return inspect.iscoroutinefunction(callback) or inspect.iscoroutinefunction(type(callback).__call__)

@@ -1,0 +1,571 @@
+"""The connection manager: the one class users meet.
+
+It hides how a registry, the library's connection objects, delivery and events are kept in step:
+
+- A connection is registered from the start of ``async with manager.attach(...)`` until it ends, for whatever reason
+  that comes first: the block is left (also by an exception or a cancellation), the peer goes, the link breaks, somebody
+  calls :meth:`ConnectionManager.disconnect`, a newer connection takes over its id, or the manager closes.
+- ``ConnectionOpened`` and ``ConnectionClosed`` are published once each, and in this order, for every registration.
+- Leaving the block unregisters, but does not close: the server library does that when its handler returns.
+
+Not guaranteed: that a handler ends when its connection does. It notices at its next use of the connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, TypeVar, Unpack, cast
+
+from wsfast import reference
+from wsfast._core import ConnectionMeta, Registry
+from wsfast.adapters import Closed, adapter_for
+from wsfast.connection import ConnectionStatus, Verbs
+from wsfast.delivery import BroadcastResult, Delivery, Message, Tag
+from wsfast.errors import (
+    DuplicateConnection,
+    ForeignRecord,
+    InvalidSetting,
+    ManagerClosed,
+    PeerClosed,
+    PeerFailed,
+    WrongThread,
+)
+from wsfast.events import ConnectionClosed, ConnectionOpened, Event, EventBus
+
+if TYPE_CHECKING:
+    from wsfast.adapters import Adapter
+    from wsfast.delivery import Excluded
+
+__all__ = ["REPLACED", "Attachment", "Connection", "ConnectionManager", "DrainPolicy", "RecordFields"]
+
+logger = logging.getLogger(__name__)
+
+_E = TypeVar("_E", bound=Event)
+
+REPLACED = Closed(4409, "replaced by a newer connection", "us")
+"""How a connection is closed whose id a newer one took with ``on_duplicate="replace"``. A client that is told this
+must not connect again by itself, or the two would push each other out for ever."""
+
+# 128 bits: nobody guesses a client id that the manager made.
+_GENERATED_ID_BYTES = 16
+
+# What asynchronous subscribers may take for their last events after the connections are closed.
+_EVENTS_GRACE_S = 1.0
+
+
+class Connection(Verbs, ConnectionMeta):
+    """A record of the native registry with verbs. Pass it as ``record_type`` to a registry of your own."""
+
+    __slots__ = ()
+
+
+class _ReferenceConnection(Verbs, reference.ConnectionMeta):
+    __slots__ = ()
+
+
+_REGISTRIES: dict[str, tuple[Any, type]] = {
+    "native": (Registry, Connection),
+    "reference": (reference.Registry, _ReferenceConnection),
+    "traditional": (reference.TraditionalRegistry, _ReferenceConnection),
+}
+
+
+def _check_close(code: int, reason: str) -> None:
+    """Raise unless an endpoint may send this in a close frame (RFC 6455, 7.4; the registry of IANA up to 1014)."""
+    if not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):
+        raise InvalidSetting("code", code, "1000 to 1003, 1007 to 1014, or 3000 to 4999")
+    if len(reason.encode()) > 123:
+        raise InvalidSetting("reason", reason, "at most 123 bytes in UTF-8")
+
+
+@dataclass(frozen=True, slots=True)
+class DrainPolicy:
+    """How a manager that closes sends its connections away.
+
+    Attributes:
+        code, reason: of the close frames.
+        batch: connections whose close begins together.
+        pause_s: between two batches. It is cut where the batches would take more than half of the time there is.
+    """
+
+    code: int = 1001
+    reason: str = "the server is going away"
+    batch: int = 100
+    pause_s: float = 0.01
+
+    def __post_init__(self) -> None:
+        _check_close(self.code, self.reason)
+        if self.batch < 1:
+            raise InvalidSetting("drain.batch", self.batch, "1 or more")
+        if not self.pause_s >= 0:
+            raise InvalidSetting("drain.pause_s", self.pause_s, "0 or more")
+
+
+class RecordFields(TypedDict, total=False):
+    """The keywords of ``Registry.add``, with their meaning there."""
+
+    user_id: str | None
+    device_type: str | None
+    device_info: Any
+    session: Any
+    permissions: Iterable[str]
+    tags: Mapping[str, str] | None
+    metadata: Mapping[str, Any] | None
+    extensions: Mapping[str, Any] | None
+    groups: Iterable[str]
+    status: ConnectionStatus
+    on_duplicate: Literal["reject", "replace"]
+
+
+class ConnectionManager:
+    """Who is connected, and one way to reach each, some, or all of them.
+
+    Use it as ``async with manager:``; leaving the block closes it, see :meth:`close`. It serves once: a manager that
+    is closed stays closed.
+
+    Args:
+        shards, max_id_bytes, max_name_bytes, max_tags, max_groups: of the registry; see ``Registry``.
+        registry: which implementation to use: "native"; "reference" (pure Python) or "traditional" (one map, one
+            lock), which are there for comparison; or a registry of your own, made with ``record_type=Connection`` so
+            that its records have verbs, and used by no other manager. With a registry of your own, its settings hold
+            and the arguments before this one mean nothing.
+        max_message_bytes: longest message that may be sent, in bytes of payload. It guards a fan-out against a
+            payload that no client would take (most refuse more than a few MiB) times the number of targets.
+        max_queued_events: calls of asynchronous subscribers that may wait; see ``EventBus``.
+        drain: how connections are sent away by :meth:`close`.
+
+    Raises:
+        InvalidSetting, TypeError: a setting is not what it must be.
+
+    Threads: the event loop's only; another one gets ``WrongThread``. ``registry``, ``stats`` and ``on`` (before the
+    start) may be used from any thread.
+    """
+
+    def __init__(
+        self,
+        shards: int = 64,
+        *,
+        registry: Literal["native", "reference", "traditional"] | Registry = "native",
+        max_id_bytes: int = 256,
+        max_name_bytes: int = 256,
+        max_tags: int = 64,
+        max_groups: int = 1024,
+        max_message_bytes: int = 16 * 2**20,
+        max_queued_events: int = 10_000,
+        drain: DrainPolicy = DrainPolicy(),
+    ) -> None:
+        if max_message_bytes < 1:
+            raise InvalidSetting("max_message_bytes", max_message_bytes, "1 or more")
+        if isinstance(registry, str):
+            registry = _make_registry(
+                registry,
+                shards,
+                max_id_bytes=max_id_bytes,
+                max_name_bytes=max_name_bytes,
+                max_tags=max_tags,
+                max_groups=max_groups,
+            )
+        elif not hasattr(registry, "batches"):
+            raise TypeError(f"registry must be a name or a Registry, not {type(registry).__name__}")
+        self._registry: Registry = registry
+        self._events = EventBus(max_queued=max_queued_events)
+        self._delivery = Delivery(registry, max_message_bytes=max_message_bytes)
+        self._drain = drain
+        self._state = "not started"
+        self._thread = 0
+        # By the identity of the library's object, which an attachment keeps alive.
+        self._attachments: dict[int, Attachment] = {}
+        self._opened = 0
+        self._closed = 0
+        self._empty = asyncio.Event()
+        self._closing: asyncio.Task[None] | None = None
+        # asyncio itself keeps only weak references to tasks.
+        self._farewells: set[asyncio.Task[None]] = set()
+
+    @property
+    def registry(self) -> Registry:
+        """Who is connected. Read what you like; to end a connection use :meth:`disconnect`."""
+        return self._registry
+
+    @property
+    def events(self) -> EventBus:
+        """The bus behind :meth:`on`."""
+        return self._events
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._state}, {len(self._attachments)} connections>"
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        """Begin to accept connections, on the running loop. ``async with`` does this.
+
+        Raises:
+            ManagerClosed: it was closed, or is started already.
+            InvalidSetting: its registry belongs to another manager.
+        """
+        if self._state != "not started":
+            raise ManagerClosed("started already" if self._state == "open" else self._state)
+        if self._registry.owner is not None:
+            raise InvalidSetting("registry", self._registry, "one that no other manager uses")
+        self._registry.owner = self
+        self._thread = threading.get_ident()
+        self._state = "open"
+
+    async def close(self, timeout_s: float = 10.0) -> None:
+        """Stop accepting, close every connection, and end. Calling it again waits for the same end.
+
+        Connections are closed with the code and at the pace of the ``DrainPolicy``. Those that have not ended after
+        *timeout_s* seconds are cut off. Then every record is detached, with its ``ConnectionClosed``, and
+        asynchronous subscribers have one more second for what waits for them.
+
+        It ends also if the caller is cancelled, but then nobody waits for it.
+        """
+        if self._state == "not started":
+            self._state = "closed"
+        if self._closing is None:
+            if self._state == "closed":
+                return
+            self._check("close")
+            self._state = "closing"
+            self._closing = asyncio.get_running_loop().create_task(self._close(timeout_s))
+        await asyncio.shield(self._closing)
+
+    def attach(self, ws: Any, client_id: str | None = None, **fields: Unpack[RecordFields]) -> Attachment:
+        """Register a connection for the time of an ``async with`` block, which yields its record.
+
+        Args:
+            ws: an open connection of a supported library.
+            client_id: its id; by default a random one of 22 characters is made (``max_id_bytes`` must allow it).
+            fields: the keywords of ``Registry.add``. With ``on_duplicate="replace"`` an older connection with this id
+                is closed with ``REPLACED``.
+
+        Raises (on entering the block; nothing is registered then):
+            TypeError: no adapter knows *ws*; or as for ``Registry.add``.
+            PeerClosed: it is closed already, or closing.
+            DuplicateConnection: the id is taken, or *ws* itself is attached already.
+            InvalidName, LimitExceeded, InvalidSetting: as for ``Registry.add``.
+            ManagerClosed, WrongThread.
+        """
+        return Attachment(self, ws, client_id, fields)
+
+    async def send(self, target: str | ConnectionMeta, message: Message) -> None:
+        """Send a message to one connection; while its write buffer is too full, wait.
+
+        Args:
+            target: a client id or a record.
+            message: ``str`` for a text frame, bytes-like for a binary one.
+
+        Raises:
+            UnknownConnection: no connection has this id.
+            PeerClosed, PeerFailed: the connection is at fault.
+            MessageTooBig, TypeError, UnicodeEncodeError: the message is.
+            ForeignRecord, ManagerClosed, WrongThread.
+        """
+        self._check("send")
+        await self._delivery.send(self._resolve(target), message)
+
+    async def send_to_user(self, user_id: str, message: Message) -> BroadcastResult:
+        """Send a message to all connections of a user, which may be none. See :meth:`broadcast`."""
+        return await self.broadcast(message, user=user_id)
+
+    async def broadcast(
+        self,
+        message: Message,
+        *,
+        group: str | None = None,
+        user: str | None = None,
+        tag: Tag | None = None,
+        exclude: Excluded = None,
+    ) -> BroadcastResult:
+        """Send a message to everybody, or to those who match all the filters.
+
+        The targets are those who match when the call begins to run. The loop gets its turn about every millisecond
+        meanwhile. Slow peers are not waited for. Messages to one connection stay in the order of the calls.
+
+        Args:
+            message: ``str`` for a text frame, bytes-like for a binary one; encoded once.
+            group, user: a name; a name that nobody has gives no targets.
+            tag: ``("plan", "pro")``, or ``"plan"`` for any value.
+            exclude: a record, a client id, or an iterable of either.
+
+        Returns:
+            How many it reached, and what went wrong with the others: that raises nothing.
+
+        Raises:
+            MessageTooBig, TypeError, UnicodeEncodeError: before anything was sent.
+            ManagerClosed, WrongThread.
+        """
+        self._check("broadcast")
+        return await self._delivery.broadcast(message, group=group, user=user, tag=tag, exclude=exclude)
+
+    def broadcast_nowait(
+        self,
+        message: Message,
+        *,
+        group: str | None = None,
+        user: str | None = None,
+        tag: Tag | None = None,
+        exclude: Excluded = None,
+    ) -> BroadcastResult:
+        """:meth:`broadcast` without ``await``: all is handed over before it returns, however long that takes."""
+        self._check("broadcast_nowait")
+        return self._delivery.broadcast_nowait(message, group=group, user=user, tag=tag, exclude=exclude)
+
+    async def disconnect(self, target: str | ConnectionMeta, code: int = 1000, reason: str = "") -> None:
+        """Close a connection with a close frame, and wait until it has ended and is unregistered.
+
+        How long a peer that does not answer is waited for is up to the library's own close timeout. A record that is
+        detached already needs nothing done.
+
+        Raises:
+            InvalidSetting: *code* or *reason* cannot go into a close frame.
+            UnknownConnection: no connection has this id.
+            PeerFailed: the library raised. The connection is unregistered nevertheless.
+            ForeignRecord, ManagerClosed, WrongThread.
+        """
+        self._check("disconnect")
+        _check_close(code, reason)
+        record = self._resolve(target)
+        attachment = self._attachments.get(id(record.conn))
+        if attachment is None:  # it has ended, or it was put into the registry without a connection
+            self._registry.remove(record)
+            return
+        record.status = ConnectionStatus.CLOSING
+        try:
+            await attachment.adapter.close(attachment.ws, code, reason)
+        except Exception as error:
+            raise PeerFailed(record.client_id, error) from error
+        finally:
+            attachment.end(Closed(code, reason, "us"))
+
+    def on(self, event_type: type[_E], callback: Callable[[_E], object]) -> Callable[[], None]:
+        """Call *callback*, plain or ``async def``, with every event of a type or of its subtypes.
+
+        Returns a function that ends the subscription. See ``EventBus`` for order, limits and errors."""
+        return self._events.on(event_type, callback)
+
+    def stats(self) -> dict[str, int]:
+        """The registry's totals (see ``Registry.stats``), and:
+
+        ``opened`` and ``closed``: connections so far; ``event_errors`` and ``events_dropped``: see ``EventBus``.
+        """
+        return {
+            **cast("dict[str, int]", self._registry.stats()),
+            "opened": self._opened,
+            "closed": self._closed,
+            "event_errors": self._events.errors,
+            "events_dropped": self._events.dropped,
+        }
+
+    def _check(self, call: str) -> None:
+        """Raise unless *call* may be made now and on this thread. Who is still connected may be sent to to the end."""
+        if self._state != "open" and (self._state != "closing" or call == "attach"):
+            raise ManagerClosed(self._state)
+        if threading.get_ident() != self._thread:
+            raise WrongThread(call)
+
+    def _resolve(self, target: str | ConnectionMeta) -> ConnectionMeta:
+        if isinstance(target, str):
+            return self._registry[target]
+        if not hasattr(target, "client_id"):
+            raise TypeError(f"target must be a client id or a ConnectionMeta, not {type(target).__name__}")
+        if target.registry is not None and target.registry is not self._registry:
+            raise ForeignRecord(target.client_id)
+        return target
+
+    def _admit(self, attachment: Attachment) -> Connection:
+        """Register the connection of *attachment*: all of it, or nothing."""
+        self._check("attach")
+        ws, fields = attachment.ws, attachment.fields
+        attachment.adapter = adapter = adapter_for(ws)
+        client_id = secrets.token_urlsafe(_GENERATED_ID_BYTES) if attachment.client_id is None else attachment.client_id
+        if not adapter.is_open(ws):
+            raise PeerClosed(client_id, *(adapter.closed(ws) or Closed())[:2])
+        current = self._attachments.get(id(ws))
+        if current is not None:
+            if not current.gives_way:
+                raise DuplicateConnection(current.record.client_id)
+            if current.record.client_id == client_id:
+                fields = {**fields, "on_duplicate": "replace"}
+        older = self._registry.get(client_id)
+        replaced = None if older is None else self._attachments.get(id(older.conn))
+        if replaced is current:
+            replaced = None
+        # Read before the registry detaches the records: afterwards they do not tell this any more.
+        last_words = {each: each.last_words() for each in (current, replaced) if each is not None}
+        record = self._registry.add(client_id, ws, **fields)
+        if replaced is not None:
+            replaced.end(REPLACED, last_words[replaced])
+            self._say_farewell(replaced, REPLACED)
+        if current is not None:
+            current.end(Closed(1000, "attached anew", "us"), last_words[current])
+            record.received(current.record.bytes_in, current.record.messages_in)
+            record.sent(current.record.bytes_out, current.record.messages_out)
+        self._begin(attachment, record)
+        return cast("Connection", record)
+
+    def _begin(self, attachment: Attachment, record: ConnectionMeta) -> None:
+        attachment.record = record
+        try:
+            attachment.detach = attachment.adapter.attach(attachment.ws, record, attachment.lost)
+        except BaseException:
+            self._registry.remove(record)
+            raise
+        attachment.ended = False
+        self._attachments[id(attachment.ws)] = attachment
+        self._opened += 1
+        if self._events.wants(ConnectionOpened):
+            self._events.publish(ConnectionOpened(record))
+
+    def _say_farewell(self, attachment: Attachment, closed: Closed) -> None:
+        """Close the connection in the background."""
+        task = asyncio.get_running_loop().create_task(_close_quietly(attachment, closed))
+        self._farewells.add(task)
+        task.add_done_callback(self._farewells.discard)
+
+    async def _close(self, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._send_all_away(timeout_s)
+        except TimeoutError:
+            logger.warning("cutting off %d connections that did not close in time", len(self._attachments))
+        finally:
+            self._cut_off()
+        if self._farewells:
+            await asyncio.wait(self._farewells)
+        await self._events.close(_EVENTS_GRACE_S)
+
+    async def _send_all_away(self, timeout_s: float) -> None:
+        drain = self._drain
+        closed = Closed(drain.code, drain.reason, "us")
+        attachments = list(self._attachments.values())
+        batches = range(0, len(attachments), drain.batch)
+        pause_s = min(drain.pause_s, timeout_s / 2 / max(1, len(batches)))
+        for start in batches:
+            for attachment in attachments[start : start + drain.batch]:
+                if not attachment.ended:
+                    self._say_farewell(attachment, closed)
+            await asyncio.sleep(pause_s)
+        if self._attachments:
+            self._empty.clear()
+            await self._empty.wait()
+        if self._farewells:
+            await asyncio.wait(self._farewells)
+
+    def _cut_off(self) -> None:
+        """End at once what is left, and let go of everything."""
+        for attachment in list(self._attachments.values()):
+            attachment.adapter.abort(attachment.ws)
+            attachment.end(Closed(self._drain.code, self._drain.reason, "us"))
+        for task in self._farewells:
+            task.cancel()
+        self._delivery.close()
+        self._registry.clear()
+        self._registry.owner = None
+        self._state = "closed"
+
+
+class _LastWords(TypedDict):
+    """What only an attached record tells."""
+
+    session: Any
+    metadata: Mapping[str, Any]
+    groups: frozenset[str]
+
+
+class Attachment:
+    """One registration of one connection: what :meth:`ConnectionManager.attach` returns, to be used once.
+
+    Attributes:
+        gives_way: whether an ``attach`` of the same connection ends this one, instead of being refused. An adapter
+            that attaches by itself sets it, so that a handler that attaches as well is right.
+        record: of the connection, from the start of the block.
+        ended: whether it is unregistered.
+    """
+
+    __slots__ = ("adapter", "client_id", "detach", "ended", "fields", "gives_way", "manager", "record", "ws")
+
+    adapter: Adapter
+    detach: Callable[[], object]
+    record: ConnectionMeta
+
+    def __init__(self, manager: ConnectionManager, ws: Any, client_id: str | None, fields: RecordFields) -> None:
+        self.manager = manager
+        self.ws = ws
+        self.client_id = client_id
+        self.fields = fields
+        self.gives_way = False
+        self.ended = False
+
+    async def __aenter__(self) -> Connection:
+        return self.manager._admit(self)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # If nobody has closed it yet, this is what the library is about to do.
+        self.end(Closed(1000, "", "us") if error is None else Closed(1011, "", "us"))
+
+    def lost(self) -> None:
+        """The adapter's message that the connection has ended."""
+        self.end(Closed())
+
+    def last_words(self) -> _LastWords:
+        record = self.record
+        return {"session": record.session, "metadata": record.metadata, "groups": record.groups}
+
+    def end(self, otherwise: Closed, last_words: _LastWords | None = None) -> None:
+        """Unregister the connection, once; later calls do nothing.
+
+        Args:
+            otherwise: how it ended, if the library does not say.
+            last_words: of a record that is detached already.
+        """
+        if self.ended:
+            return
+        self.ended = True
+        manager, record = self.manager, self.record
+        closed = self.adapter.closed(self.ws) or otherwise
+        wanted = manager._events.wants(ConnectionClosed)
+        if wanted and last_words is None:
+            last_words = self.last_words()
+        manager._registry.remove(record)
+        del manager._attachments[id(self.ws)]
+        manager._closed += 1
+        if not manager._attachments:
+            manager._empty.set()
+        self.detach()
+        if wanted and last_words is not None:
+            duration_s = (manager._registry.now_ns() - record.created_ns) / 1e9
+            manager._events.publish(ConnectionClosed(record, *closed, duration_s, **last_words))
+
+
+async def _close_quietly(attachment: Attachment, closed: Closed) -> None:
+    try:
+        await attachment.adapter.close(attachment.ws, closed.code, closed.reason)
+    except asyncio.CancelledError:
+        attachment.adapter.abort(attachment.ws)
+        raise
+    except Exception as error:
+        logger.warning("cannot close %r, cutting it off: %r", attachment.record.client_id, error)
+        attachment.adapter.abort(attachment.ws)
+    attachment.end(closed)
+
+
+def _make_registry(name: str, shards: int, **limits: int) -> Registry:
+    if name not in _REGISTRIES:
+        raise InvalidSetting("registry", name, "'native', 'reference', 'traditional' or a Registry")
+    implementation, record_type = _REGISTRIES[name]
+    return cast("Registry", implementation(shards, record_type=record_type, **limits))
