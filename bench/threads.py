@@ -8,12 +8,14 @@ Each thread has its own half of the connections, and goes through the ids of its
 * *get*: the same ids, a call for each.
 
 The threads start from a barrier; wall-clock time passes from the first of them to the end of the last. Ids are chosen
-before. One thread alone and two threads take turns, so a busy machine slows both. *Scaling* is the throughput of
-both threads divided by that of one.
+before. One thread alone and two threads take turns, so a busy machine slows both. *Scaling* is the throughput of both
+threads divided by that of one. *Work* is the processor time of an id with two threads divided by the one of a thread
+alone: what the threads cost each other, without what other processes take from them. On two free cores that never wait
+for a lock, scaling is 2 / work.
 
 Without a GIL, a thread counts references to objects that it made without atomic instructions, and all other ones with
-them. So there are two ways: *own*, each thread has made its ids and added its connections, as in a server with an event
-loop for each thread; *foreign*, a third thread has made everything.
+them. So there are two ways: each thread has made its ids and added its connections itself, as in a server with an event
+loop for each thread; or another thread has made everything.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle, islice
 from random import Random
 from typing import TypeAlias
 
@@ -38,32 +41,29 @@ _GET_MANY = "get_many"
 _CHANGES = "get_many and changes"
 _GET = "get"
 _ONE, _TWO = "one thread", "two threads"
+_ONE_WORK, _TWO_WORK = "work of one", "work of two"
 
 
 @dataclass(frozen=True)
 class _Effort:
     connections: int  # of each thread
-    rounds: dict[str, int]  # by store, so that all take about as long
+    calls: dict[str, int]  # of 1,000 ids; by store, so that no one takes too long
     repetitions: int
 
 
-_FULL = _Effort(50_000, {DICT: 20, GENERATION_2: 1, NATIVE: 20}, repetitions=15)
-_QUICK = _Effort(2_000, {DICT: 1, GENERATION_2: 1, NATIVE: 1}, repetitions=2)
+_FULL = _Effort(50_000, {DICT: 500, GENERATION_2: 5, NATIVE: 500}, repetitions=15)
+_QUICK = _Effort(2_000, {DICT: 4, GENERATION_2: 2, NATIVE: 4}, repetitions=2)
 
 
 @dataclass(frozen=True)
 class _Share:
-    """What one thread works with: its ids in calls, and connection objects for as many as a call has."""
+    """What one thread works with: its ids in lists for one call each, and connection objects for one list."""
 
     calls: list[list[str]]
     conns: tuple[object, ...]
 
-    @property
-    def connections(self) -> int:
-        return len(self.calls) * _IDS_OF_A_CALL
 
-
-_Work: TypeAlias = Callable[[Store, _Share, int], None]
+_Work: TypeAlias = Callable[[Store, list[list[str]], Sequence[object]], None]
 
 
 def _make_share(number: int, connections: int) -> _Share:
@@ -76,36 +76,32 @@ def _make_share(number: int, connections: int) -> _Share:
 # ---- what a thread does ----------------------------------------------------------------------------------------------
 
 
-def _get_many(store: Store, share: _Share, rounds: int) -> None:
-    for _ in range(rounds):
-        for call in share.calls:
-            store.get_many(call)
+def _get_many(store: Store, calls: list[list[str]], _: Sequence[object]) -> None:
+    for ids in calls:
+        store.get_many(ids)
 
 
-def _get_many_and_changes(store: Store, share: _Share, rounds: int) -> None:
-    conns = share.conns[:_CHANGES_OF_A_CALL]
-    changes = [call[:_CHANGES_OF_A_CALL] for call in share.calls]
-    for _ in range(rounds):
-        for call, changed in zip(share.calls, changes, strict=True):
-            store.get_many(call)
-            store.remove(changed)
-            store.add(changed, conns)
+def _get_many_and_changes(store: Store, calls: list[list[str]], conns: Sequence[object]) -> None:
+    conns = conns[:_CHANGES_OF_A_CALL]
+    for ids in calls:
+        store.get_many(ids)
+        changed = ids[:_CHANGES_OF_A_CALL]
+        store.remove(changed)
+        store.add(changed, conns)
 
 
-def _get(store: Store, share: _Share, rounds: int) -> None:
-    for _ in range(rounds):
-        for call in share.calls:
-            store.look_up(call)
+def _get(store: Store, calls: list[list[str]], _: Sequence[object]) -> None:
+    for ids in calls:
+        store.look_up(ids)
 
 
 _WORK: dict[str, _Work] = {_GET_MANY: _get_many, _CHANGES: _get_many_and_changes, _GET: _get}
 
 
 def _fill(store: Store, share: _Share) -> None:
-    for call in share.calls:
-        store.add(call, share.conns)
-    for _ in range(2):
-        _get(store, share, 1)  # the best state of generation 2
+    for ids in share.calls:
+        store.add(ids, share.conns)
+    _get(store, share.calls, share.conns)  # brings generation 2 into its best state
 
 
 # ---- threads ---------------------------------------------------------------------------------------------------------
@@ -128,40 +124,52 @@ class _Workers:
         """What *function* returns or raises in one of the threads."""
         return self._threads[number].submit(function, *args).result()
 
-    def clock(self, work: Sequence[tuple[int, Callable[[], None]]]) -> float:
-        """Seconds that pieces of work take side by side, each in the thread of that number."""
+    def clock(self, work: Sequence[tuple[int, Callable[[], None]]]) -> tuple[float, float]:
+        """Run pieces of work side by side, each in the thread of that number.
+
+        Returns:
+            Seconds on the wall clock, and seconds of processor time of all threads together.
+        """
         barrier = threading.Barrier(len(work))
 
-        def timed(function: Callable[[], None]) -> tuple[int, int]:
+        def timed(function: Callable[[], None]) -> tuple[int, int, int]:
             barrier.wait()
-            begin = time.perf_counter_ns()
+            begin, begin_work = time.perf_counter_ns(), time.thread_time_ns()
             function()
-            return begin, time.perf_counter_ns()
+            return begin, time.perf_counter_ns(), time.thread_time_ns() - begin_work
 
         pending = [self._threads[number].submit(timed, function) for number, function in work]
-        begins, ends = zip(*(future.result() for future in pending), strict=True)
-        return (max(ends) - min(begins)) / 1e9
+        results = [future.result() for future in pending]
+        wall_ns = max(end for _, end, _ in results) - min(begin for begin, _, _ in results)
+        return wall_ns / 1e9, sum(work_ns for _, _, work_ns in results) / 1e9
 
 
 def _take(
-    workers: _Workers, store: Store, shares: Sequence[_Share], work: _Work, effort: _Effort, rounds: int
+    workers: _Workers, store: Store, shares: Sequence[_Share], work: _Work, effort: _Effort, calls: int
 ) -> Samples:
-    """Ids a second, of one thread (by turns this and the other one) and of all."""
-    jobs = [(number, partial(work, store, share, rounds)) for number, share in enumerate(shares)]
+    """Ids a second, and processor time of an id, of one thread (by turns this and the other one) and of all."""
+    jobs = [
+        (number, partial(work, store, list(islice(cycle(share.calls), calls)), share.conns))
+        for number, share in enumerate(shares)
+    ]
+    ids = calls * _IDS_OF_A_CALL
     samples = Samples()
     for repetition in range(effort.repetitions):
-        alone = repetition % len(jobs)
-        samples.add(_ONE, rounds * shares[alone].connections / workers.clock([jobs[alone]]))
-        samples.add(_TWO, rounds * sum(share.connections for share in shares) / workers.clock(jobs))
+        wall_s, work_s = workers.clock([jobs[repetition % len(jobs)]])
+        samples.add(_ONE, ids / wall_s)
+        samples.add(_ONE_WORK, work_s / ids)
+        wall_s, work_s = workers.clock(jobs)
+        samples.add(_TWO, len(jobs) * ids / wall_s)
+        samples.add(_TWO_WORK, work_s / (len(jobs) * ids))
     return samples
 
 
-def _check(store: Store, shares: Sequence[_Share]) -> None:
+def _check(store: Store, shares: Sequence[_Share], effort: _Effort) -> None:
     for share in shares:
         for call in share.calls:
             if None in store.get_many(call):
                 raise AssertionError("an id was not found")
-    if len(store.held) != sum(share.connections for share in shares):
+    if len(store.held) != len(shares) * effort.connections:
         raise AssertionError(f"{len(store.held)} connections are left")
 
 
@@ -177,8 +185,8 @@ def _measure(workers: _Workers, name: str, effort: _Effort, *, own: bool) -> dic
         shares.append(share)
     found = {}
     for title, work in _WORK.items():
-        found[title] = _take(workers, store, shares, work, effort, effort.rounds[name])
-        _check(store, shares)
+        found[title] = _take(workers, store, shares, work, effort, effort.calls[name])
+        _check(store, shares, effort)
     store.clear()
     return found
 
@@ -187,10 +195,18 @@ def _report_way(report: Report, title: str, found: dict[str, dict[str, Samples]]
     rows = []
     for name, by_work in found.items():
         for work, samples in by_work.items():
-            one, two, scaling = samples.median(_ONE), samples.median(_TWO), samples.ratio(_TWO, _ONE)
-            rows.append([f"{name}, {work}", figure(one / 1e6), figure(two / 1e6), figure(scaling, "x")])
-            report.row(made_by=title, implementation=name, work=work, one_per_s=one, two_per_s=two, scaling=scaling)
-    report.table(f"ids and connections made by {title}: million ids a second", ["", _ONE, _TWO, "scaling"], rows)
+            one, two = samples.median(_ONE), samples.median(_TWO)
+            scaling, extra = samples.ratio(_TWO, _ONE), samples.ratio(_TWO_WORK, _ONE_WORK)
+            rows.append([f"{name}, {work}", *map(figure, (one / 1e6, two / 1e6)), *_times(scaling, extra)])
+            report.row(
+                made_by=title, implementation=name, what=work, one_per_s=one, two_per_s=two, scaling=scaling, work=extra
+            )
+    title = f"Ids and connections made by {title}: million ids a second"
+    report.table(title, ["", _ONE, _TWO, "scaling", "work"], rows)
+
+
+def _times(*ratios: float) -> list[str]:
+    return [figure(ratio, "x") for ratio in ratios]
 
 
 def run(report: Report) -> None:
@@ -201,7 +217,7 @@ def run(report: Report) -> None:
     native: dict[str, dict[str, Samples]] = {}
     with _Workers(3) as workers:
         for title, own in ways.items():
-            found = {name: _measure(workers, name, effort, own=own) for name in effort.rounds}
+            found = {name: _measure(workers, name, effort, own=own) for name in effort.calls}
             _report_way(report, title, found)
             native[title] = found[NATIVE]
     if gil_enabled():

@@ -611,7 +611,8 @@ void wsf_record_failed(wsf_record *record, int is_inbound)
         record->errors_in += record->errors_in < WSF_MOST_ERRORS;
         shard->counters.errors_in++;
     } else if (wsf_record_attached(record)) {
-        record->errors_out += record->errors_out < WSF_MOST_ERRORS;
+        if (record->errors_out < WSF_MOST_ERRORS)
+            record->errors_out++;
         shard->counters.errors_out++;
     }
     WSF_UNLOCK(&shard->lock);

@@ -161,7 +161,8 @@ static void membership_remove(wsf_record *record, int64_t *account, wsf_membersh
 
 /* ---- sets of records by name ------------------------------------------------------------------------------------------ */
 
-static int is_set(const void *item) { return *(const uint32_t *)item == WSF_SET_MARK; }
+/* The word may be the slot of a record, which another thread changes under its shard's lock. */
+static int is_set(const void *item) { return WSF_LOAD32((uint32_t *)(uintptr_t)item) == WSF_SET_MARK; }
 
 /* What the user table holds is a set or a lone record; what the group table holds is always a set. */
 static PyObject *item_name(const void *item)
@@ -311,54 +312,65 @@ static wsf_set *user_promote(wsf_index *index, wsf_record *lone, uint32_t hash, 
     return set;
 }
 
-/* Put the record into the table under `user` and point *canonical at the name as it is stored (borrowed). */
-static int user_put(wsf_index *index, wsf_record *record, PyObject *user, PyObject **canonical, uint32_t *position,
-                    wsf_trash *trash)
+/* The set of `user` with room for one more record; where `item`, the present one, is NULL, a set without room that is to
+ * make way for the record itself. NULL: no memory. */
+static wsf_set *user_set(wsf_index *index, PyObject *user, uint32_t hash, void *item, wsf_trash *trash)
 {
-    uint32_t hash = text_fold(user);
-    void *item = wsf_table_find(&index->users, hash, user, name_equals);
-    *canonical = user;
-    *position = 0;
-    if (item == NULL)
-        return wsf_table_insert(&index->users, &index->account, hash, record, name_hash);
+    int64_t *account = &index->account;
+    if (item == NULL) {
+        wsf_set *set = set_new(account, user);
+        if (set != NULL && wsf_table_insert(&index->users, account, hash, set, name_hash) != WSF_OK) {
+            set_free(set, account, trash);
+            return NULL;
+        }
+        return set;
+    }
     wsf_set *set = is_set(item) ? item : user_promote(index, item, hash, trash);
-    if (set == NULL || bag_reserve(&set->records, &index->account) != WSF_OK)
-        return WSF_NO_MEMORY;
-    *canonical = set->name;
-    *position = bag_push(&set->records, record);
-    return WSF_OK;
+    return set != NULL && bag_reserve(&set->records, account) == WSF_OK ? set : NULL;
+}
+
+static void user_join(wsf_index *index, wsf_record *record, wsf_set *set, uint32_t hash, wsf_trash *trash)
+{
+    record->user = Py_NewRef(set->name);
+    record->user_pos = 0;
+    if (set->records.capacity != 0) {
+        record->user_pos = bag_push(&set->records, record);
+        return;
+    }
+    wsf_table_swap(&index->users, hash, set, record);
+    set_free(set, &index->account, trash);
 }
 
 static int set_user_locked(wsf_index *index, wsf_record *record, PyObject *user, wsf_trash *trash)
 {
-    PyObject *former = record->user, *canonical = NULL;
-    uint32_t position = 0;
+    PyObject *former = record->user;
     if (!wsf_record_attached(record))
         return WSF_DETACHED;
     if (former == user || (former != NULL && user != NULL && wsf_text_equal(former, user)))
         return WSF_OK;
-    if (user != NULL) {
-        /* A lone record is found by its own `user`, so it cannot be in the table under two names at once: drop first,
-         * and put it back if the new name finds no memory. */
-        if (former != NULL)
-            user_drop(index, record, trash);
-        record->user = NULL;
-        if (user_put(index, record, user, &canonical, &position, trash) != WSF_OK) {
-            record->user = former;
-            if (former != NULL && user_put(index, record, former, &canonical, &position, trash) != WSF_OK) {
-                wsf_trash_add(trash, former); /* out of memory twice: the record goes on without a user */
-                record->user = NULL;
-            } else {
-                record->user_pos = position;
-            }
-            return WSF_NO_MEMORY;
-        }
-        record->user = Py_NewRef(canonical);
-        record->user_pos = position;
-    } else {
+    if (user == NULL) {
         user_drop(index, record, trash);
         record->user = NULL;
+        wsf_trash_add(trash, former);
+        return WSF_OK;
     }
+    uint32_t hash = text_fold(user);
+    void *item = wsf_table_find(&index->users, hash, user, name_equals);
+    if (former == NULL && item == NULL) {
+        if (wsf_table_insert(&index->users, &index->account, hash, record, name_hash) != WSF_OK)
+            return WSF_NO_MEMORY;
+        record->user = Py_NewRef(user);
+        record->user_pos = 0;
+        return WSF_OK;
+    }
+    /* A lone record is found by its own `user`, so it cannot be in the table under two names at once. A set stands in
+     * for it while it leaves the former name: all that can fail comes before that. */
+    wsf_set *set = user_set(index, user, hash, item, trash);
+    if (set == NULL)
+        return WSF_NO_MEMORY;
+    if (former != NULL)
+        user_drop(index, record, trash);
+    user_join(index, record, set, hash, trash);
     wsf_trash_add(trash, former);
     return WSF_OK;
 }

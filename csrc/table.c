@@ -113,13 +113,11 @@ void wsf_table_remove(wsf_table *table, int64_t *account, uint32_t hash, const v
         return;
     }
     if (table->capacity > MIN_CAPACITY && (uint64_t)table->used * 10 < (uint64_t)table->capacity * 3) {
-        uint32_t capacity = table->capacity;
+        uint32_t capacity = MIN_CAPACITY;
+        while (capacity < table->used * 2)
+            capacity = next_capacity(capacity);
         /* Back to a load of about one half; failing to shrink loses nothing. */
-        while (capacity > MIN_CAPACITY && table->used * 2 < capacity)
-            capacity = (capacity & (capacity - 1)) == 0 ? capacity / 4 * 3 : capacity / 3 * 2;
-        capacity = next_capacity(capacity);
-        if (capacity < table->capacity)
-            (void)resize(table, account, capacity, hash_of);
+        (void)resize(table, account, capacity, hash_of);
     }
 }
 
