@@ -39,8 +39,10 @@ cdef extern from "Python.h":
     bint PyList_CheckExact(object value)
     bint PyTuple_CheckExact(object value)
     long long PyLong_AsLongLongAndOverflow(object value, int *overflow) except? -1
+    ctypedef object (*newfunc)(PyTypeObject *kind, PyObject *args, PyObject *kwargs)
     ctypedef struct PyTypeObject:
-        object (*tp_new)(PyTypeObject *kind, PyObject *args, PyObject *kwargs)
+        newfunc tp_new
+        void *tp_vectorcall
         unsigned long tp_flags
     unsigned long Py_TPFLAGS_HAVE_GC
     void PyObject_GC_UnTrack(PyObject *object) noexcept
@@ -62,10 +64,9 @@ cdef extern from *:
 
 __all__ = ["ConnectionMeta", "Registry", "fnv1_32", "fnv1a_32"]
 
-cdef object _KEY = object()  # what the constructor of a record asks for: only this module has it
-cdef tuple _MAKE = (_KEY,)
 cdef tuple _STATUSES = tuple(ConnectionStatus)
-cdef object _ONLINE = ConnectionStatus.ONLINE
+cdef int _ONLINE_STATE = <int>ConnectionStatus.ONLINE
+cdef tuple _NO_ARGUMENTS = ()
 cdef object _EMPTY_MAPPING = MappingProxyType({})
 cdef frozenset _NO_PERMISSIONS = frozenset()
 # How many device types and permission sets a registry remembers to store equal ones once. Beyond it forgets them all
@@ -130,8 +131,6 @@ cdef int64_t _at_least(object value, str name, int64_t least) except -1:
 
 
 cdef int _status(object value) except -1:
-    if value is _ONLINE:
-        return <int>ConnectionStatus.ONLINE
     if not isinstance(value, ConnectionStatus):
         raise TypeError(_wrong_type("status", "a ConnectionStatus", value))
     return <int>value
@@ -290,23 +289,20 @@ cdef class ConnectionMeta:
     cdef wsf_record r
     cdef object __weakref__
 
-    def __cinit__(self, *args):
-        if len(args) != 1 or args[0] is not _KEY:
-            raise TypeError("records are made by Registry.add")
+    def __cinit__(self):
+        # Registry.add, the only one who can get here, fills in the id and the shard at once.
         self.r.slot = WSF_NO_SLOT
         wsf_count_live(WSF_LIVE_RECORD, 1)
 
     def __dealloc__(self):
         cdef int i
-        if self.r.shard == NULL:
-            return  # the constructor raised
         wsf_count_live(WSF_LIVE_RECORD, -1)
         for i in range(WSF_OBJECT_FIELDS):
             Py_XDECREF(self.r.objects[i])
         Py_XDECREF(self.r.user)
         Py_XDECREF(self.r.client_id)
         wsf_index_release_tags(&self.r)
-        wsf_core_release(self.r.shard.core)
+        wsf_shard_release(self.r.shard)
 
     def __reduce__(self):
         raise TypeError("a ConnectionMeta cannot be copied or pickled")
@@ -554,6 +550,16 @@ cdef class ConnectionMeta:
         if direction != "in" and direction != "out":
             raise InvalidSetting("direction", direction, "'in' or 'out'")
         wsf_record_failed(&self.r, direction == "in")
+
+
+cdef object _refuse_record(PyTypeObject *kind, PyObject *args, PyObject *kwargs):
+    raise TypeError("records are made by Registry.add")
+
+
+# The constructor is for Registry.add alone. Subclasses inherit the refusal, and keep it unless they define __new__.
+cdef newfunc _make_record = (<PyTypeObject *>ConnectionMeta).tp_new
+(<PyTypeObject *>ConnectionMeta).tp_new = _refuse_record
+(<PyTypeObject *>ConnectionMeta).tp_vectorcall = NULL  # which Cython may fill in to spare calls through tp_new
 
 
 cdef list _take_list(PyObject **objects, int64_t count):
@@ -933,25 +939,26 @@ cdef class Registry:
 
     def add(
         self, client_id, conn=None, *, user_id=None, device_type=None, device_info=None, session=None, permissions=(),
-        tags=None, metadata=None, extensions=None, groups=(), status=_ONLINE, on_duplicate="reject"
+        tags=None, metadata=None, extensions=None, groups=(), status=..., on_duplicate="reject"
     ):
-        cdef _Settings settings = self.settings
-        cdef int64_t limit = settings.max_name_bytes
+        # Nothing that other threads use too is referred to by a variable of its own, nor is it the default of an argument:
+        # without the GIL, counting the references to one object is what threads would meet in.
+        cdef int64_t limit = self.settings.max_name_bytes
         cdef uint32_t fnv1a = 0
-        cdef str key = _name_hashed(client_id, "client id", settings.max_id_bytes, &fnv1a)
+        cdef str key = _name_hashed(client_id, "client id", self.settings.max_id_bytes, &fnv1a)
         cdef str user = None if user_id is None else _name(user_id, "user id", limit)
         cdef dict tag_values, metadata_values, extension_values
         cdef list group_names
         if device_type is not None:
-            device_type = settings.shared(_name(device_type, "device type", limit))
-        allowed = None if permissions is () else settings.permission_set(permissions)
-        tag_values = None if tags is None else settings.tags(tags)
+            device_type = self.settings.shared(_name(device_type, "device type", limit))
+        allowed = None if permissions is () else self.settings.permission_set(permissions)
+        tag_values = None if tags is None else self.settings.tags(tags)
         metadata_values = None if metadata is None else _mapping(metadata, "metadata", "metadata key", limit)
         extension_values = None if extensions is None else _mapping(extensions, "extensions", "extension key", limit)
         group_names = None if groups is () else _names(groups, "groups", "group name", limit)
-        if group_names is not None and len(group_names) > settings.max_groups:
-            raise LimitExceeded("groups of one connection", settings.max_groups)
-        cdef int state = _status(status)
+        if group_names is not None and len(group_names) > self.settings.max_groups:
+            raise LimitExceeded("groups of one connection", self.settings.max_groups)
+        cdef int state = _ONLINE_STATE if status is ... else _status(status)
         if on_duplicate != "reject" and on_duplicate != "replace":
             raise InvalidSetting("on_duplicate", on_duplicate, "'reject' or 'replace'")
 
@@ -973,14 +980,14 @@ cdef class Registry:
     cdef ConnectionMeta _new_record(self, str key, uint32_t fnv1a):
         cdef PyTypeObject *kind = <PyTypeObject *>self.settings.record_type
         cdef int64_t now_ns = _clock_of(self.core)
-        cdef ConnectionMeta meta = <ConnectionMeta?>kind.tp_new(kind, <PyObject *>_MAKE, NULL)
+        cdef ConnectionMeta meta = <ConnectionMeta>_make_record(kind, <PyObject *>_NO_ARGUMENTS, NULL)
         if kind.tp_flags & Py_TPFLAGS_HAVE_GC:
             PyObject_GC_UnTrack(<PyObject *>meta)  # as every subclass written in Python
         Py_INCREF(key)  # for the record
         meta.r.client_id = <PyObject *>key
         meta.r.shard = &self.core.shards[wsf_route(fnv1a, self.core.shard_count - 1)]
         meta.r.created_ns = now_ns
-        wsf_core_retain(self.core)
+        wsf_shard_retain(meta.r.shard)
         return meta
 
     cdef int _attach(self, ConnectionMeta meta, object conn, int status, bint replace) except -1:

@@ -12,16 +12,20 @@ static size_t core_bytes(uint32_t shard_count) { return sizeof(wsf_core) + shard
 
 wsf_core *wsf_core_new(uint32_t shard_count, PyObject *settings, int has_native_clock)
 {
-    wsf_core *core = PyMem_Malloc(core_bytes(shard_count));
-    if (core == NULL)
+    const uintptr_t line = _Alignof(wsf_core);
+    void *memory = PyMem_Malloc(core_bytes(shard_count) + line - 1);
+    if (memory == NULL)
         return NULL;
+    wsf_core *core = (wsf_core *)(((uintptr_t)memory + line - 1) & ~(line - 1));
     memset(core, 0, core_bytes(shard_count));
+    core->memory = memory;
+    core->references = shard_count;
     core->shard_count = shard_count;
-    core->references = 1;
     core->settings = settings;
     core->has_native_clock = has_native_clock;
     for (uint32_t i = 0; i < shard_count; i++) {
         core->shards[i].number = i;
+        core->shards[i].references = 1;
         core->shards[i].core = core;
     }
     WSF_COUNT_LIVE(WSF_LIVE_CORE, 1);
@@ -49,10 +53,8 @@ PyObject *wsf_core_settings(wsf_core *core)
     return settings;
 }
 
-void wsf_core_release(wsf_core *core)
+static void free_core(wsf_core *core)
 {
-    if (WSF_ADD64(&core->references, -1) != 0)
-        return;
     for (uint32_t i = 0; i < core->shard_count; i++) {
         wsf_shard *shard = &core->shards[i];
         WSF_ASSERT(shard->table.used == 0 && shard->block_count == 0);
@@ -61,8 +63,30 @@ void wsf_core_release(wsf_core *core)
         WSF_ASSERT(shard->account == 0);
     }
     wsf_index_free(&core->index);
-    PyMem_Free(core);
+    PyMem_Free(core->memory);
     WSF_COUNT_LIVE(WSF_LIVE_CORE, -1);
+}
+
+void wsf_shard_release(wsf_shard *shard)
+{
+    wsf_core *core = shard->core;
+    if (WSF_ADD64(&shard->references, -1) == 0 && WSF_ADD64(&core->references, -1) == 0)
+        free_core(core);
+}
+
+void wsf_core_release(wsf_core *core)
+{
+    uint32_t shard_count = core->shard_count; /* the last release may free the core */
+    for (uint32_t i = 0; i < shard_count; i++)
+        wsf_shard_release(&core->shards[i]);
+}
+
+int wsf_core_is_shared(wsf_core *core)
+{
+    for (uint32_t i = 0; i < core->shard_count; i++)
+        if (WSF_ADD64(&core->shards[i].references, 0) > 1)
+            return 1;
+    return 0;
 }
 
 /* ---- slots ----------------------------------------------------------------------------------------------------------- */
@@ -179,7 +203,7 @@ static uint32_t retire(wsf_record *record, wsf_trash *trash)
         wsf_trash_add(trash, record->objects[field]);
         record->objects[field] = NULL;
     }
-    WSF_STORE32(&record->slot, WSF_NO_SLOT);
+    WSF_PUBLISH32(&record->slot, WSF_NO_SLOT);
     record->shard->counters.removes++;
     return slot;
 }
@@ -330,15 +354,19 @@ static inline uint64_t *route_entry(wsf_core *core, uint64_t hash)
 
 static inline int route_remembered(uint64_t entry, uint64_t hash) { return (entry ^ hash) >> 16 == 0; }
 
-static wsf_shard *route(wsf_core *core, PyObject *client_id, uint64_t hash)
+static wsf_shard *route(wsf_core *core, PyObject *client_id)
 {
     uint32_t fnv1a;
     int64_t utf8_bytes;
     if (wsf_text_fnv1a(client_id, &fnv1a, &utf8_bytes) != 0)
         return NULL;
-    uint32_t number = wsf_route(fnv1a, core->shard_count - 1);
-    WSF_STORE64(route_entry(core, hash), (hash & ~UINT64_C(0xFFFF)) | number);
-    return &core->shards[number];
+    return &core->shards[wsf_route(fnv1a, core->shard_count - 1)];
+}
+
+static inline void remember_route(wsf_core *core, uint64_t hash, const wsf_shard *shard)
+{
+    if (shard != NULL)
+        WSF_STORE64(route_entry(core, hash), (hash & ~UINT64_C(0xFFFF)) | shard->number);
 }
 
 /* Call with the shard's lock held. New reference or NULL. */
@@ -366,14 +394,15 @@ PyObject *wsf_core_get(wsf_core *core, PyObject *client_id)
         if (object != NULL)
             return object;
     }
-    wsf_shard *shard = route(core, client_id, hash);
+    wsf_shard *shard = route(core, client_id);
+    remember_route(core, hash, shard);
     return shard == NULL || shard == guess ? NULL : take(shard, client_id, wsf_fold_hash(hash));
 }
 
 int wsf_core_contains(wsf_core *core, PyObject *client_id)
 {
     uint64_t hash = wsf_text_hash(client_id);
-    wsf_shard *shard = route(core, client_id, hash);
+    wsf_shard *shard = route(core, client_id);
     if (shard == NULL)
         return 0;
     WSF_LOCK(&shard->lock);
@@ -439,8 +468,15 @@ static void start_lookups(wsf_core *core, PyObject *const *ids, pending *lookups
         uint64_t entry = WSF_LOAD64(route_entry(core, hash));
         lookups[i].hash = wsf_fold_hash(hash);
         lookups[i].is_guess = (uint32_t)route_remembered(entry, hash);
-        lookups[i].shard =
-            lookups[i].is_guess ? &core->shards[(entry & 0xFFFF) & (core->shard_count - 1)] : route(core, ids[i], hash);
+        if (lookups[i].is_guess) {
+            lookups[i].shard = &core->shards[(entry & 0xFFFF) & (core->shard_count - 1)];
+        } else {
+            lookups[i].shard = route(core, ids[i]);
+#ifndef Py_GIL_DISABLED
+            /* Threads that all remember what they look up take the cache lines of the routes from each other. */
+            remember_route(core, hash, lookups[i].shard);
+#endif
+        }
         if (lookups[i].shard != NULL)
             prefetch_entry(&lookups[i]);
     }

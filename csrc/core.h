@@ -9,7 +9,8 @@
  * to the caller.
  *
  * Guaranteed: each function is atomic for the shard it works on. Not guaranteed: a view across shards.
- * A core is counted by its registry and by every record it ever made. It refers to no Python object but the attached
+ * A core lives as long as its registry or any record it ever made; they are counted by shard, so that threads do not
+ * meet in one counter. It refers to no Python object but the attached
  * records, so the garbage collector sees all there is to see of a registry's cycles.
  */
 #ifndef WSF_CORE_H
@@ -39,7 +40,8 @@ typedef struct {
 } wsf_counters;
 
 typedef struct wsf_shard {
-    wsf_lock lock;
+    /* The first cache line is what a lookup needs; no other shard shares it. */
+    _Alignas(64) wsf_lock lock;
     uint32_t number; /* of this shard in its core */
     wsf_table table;
     /* One entry for each block. A block that is NULL has no records. */
@@ -49,12 +51,14 @@ typedef struct wsf_shard {
     uint64_t *has_room;   /* one bit for each block */
     uint32_t block_count, block_capacity;
     wsf_counters counters;
-    int64_t account; /* bytes */
+    int64_t account;    /* bytes */
+    int64_t references; /* of the records that were made here, plus one of the registry */
     struct wsf_core *core;
 } wsf_shard;
 
 typedef struct wsf_core {
-    int64_t references;
+    int64_t references; /* of shards that are referred to */
+    void *memory;       /* what was allocated for the core */
     uint32_t shard_count;
     int has_native_clock; /* the clock is wsf_monotonic_ns */
     PyObject *settings;   /* borrowed from the registry; NULL once that is gone. Guarded by the index lock */
@@ -69,9 +73,12 @@ typedef struct wsf_core {
 
 /* shard_count: power of two up to WSF_MAX_SHARDS. settings: borrowed until wsf_core_orphan. NULL: no memory. */
 wsf_core *wsf_core_new(uint32_t shard_count, PyObject *settings, int has_native_clock);
-static inline void wsf_core_retain(wsf_core *core) { (void)WSF_ADD64(&core->references, 1); }
+/* The registry gives up its reference. */
 void wsf_core_release(wsf_core *core);
-static inline int wsf_core_is_shared(wsf_core *core) { return WSF_ADD64(&core->references, 0) > 1; }
+int wsf_core_is_shared(wsf_core *core); /* whether there are records, attached or not */
+/* A record refers to its shard for life. */
+static inline void wsf_shard_retain(wsf_shard *shard) { (void)WSF_ADD64(&shard->references, 1); }
+void wsf_shard_release(wsf_shard *shard);
 /* The registry goes away. */
 void wsf_core_orphan(wsf_core *core);
 /* New reference, or NULL once the registry is gone. */
@@ -85,7 +92,11 @@ int wsf_text_fnv1a(PyObject *text, uint32_t *fnv1a, int64_t *utf8_bytes);
 /* New reference, or NULL where absent (also for a text that has no UTF-8 form). */
 PyObject *wsf_core_get(wsf_core *core, PyObject *client_id);
 /* How many lookups wsf_core_get_many overlaps. */
+#ifdef Py_GIL_DISABLED
+#define WSF_CHUNK 1024 /* more ids for each lock that is taken */
+#else
 #define WSF_CHUNK 256
+#endif
 /* Compute the hashes of ids that are exact str; returns the position of the first object that is not, or count. */
 size_t wsf_ids_prepare(PyObject *const *ids, size_t count);
 /* out[i]: new reference or NULL. ids[i]: prepared, borrowed for the call. */

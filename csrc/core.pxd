@@ -133,7 +133,8 @@ cdef extern from "core.h":
         wsf_counters counters
 
     wsf_core *wsf_core_new(uint32_t shard_count, PyObject *settings, bint has_native_clock) noexcept
-    void wsf_core_retain(wsf_core *core) noexcept
+    void wsf_shard_retain(wsf_shard *shard) noexcept
+    void wsf_shard_release(wsf_shard *shard) noexcept
     void wsf_core_release(wsf_core *core) noexcept
     bint wsf_core_is_shared(wsf_core *core) noexcept
     void wsf_core_orphan(wsf_core *core) noexcept

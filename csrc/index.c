@@ -235,6 +235,7 @@ int wsf_index_join(wsf_index *index, wsf_record *record, PyObject *group, uint32
 {
     wsf_trash trash;
     wsf_trash_init(&trash);
+    wsf_record_announce(record);
     WSF_LOCK(&index->lock);
     int outcome =
         wsf_record_attached(record) ? join_locked(index, record, group, max_groups, &trash) : WSF_DETACHED;
@@ -377,6 +378,7 @@ static int set_user_locked(wsf_index *index, wsf_record *record, PyObject *user,
 
 int wsf_index_set_user(wsf_index *index, wsf_record *record, PyObject *user, wsf_trash *trash)
 {
+    wsf_record_announce(record);
     WSF_LOCK(&index->lock);
     int outcome = set_user_locked(index, record, user, trash);
     WSF_UNLOCK(&index->lock);
@@ -669,6 +671,7 @@ int wsf_index_set_tags(wsf_index *index, wsf_record *record, PyObject *const *ke
     tag_list list = {few, count};
     if (count > sizeof few / sizeof *few && (list.tags = PyMem_Malloc(count * sizeof *list.tags)) == NULL)
         return WSF_NO_MEMORY;
+    wsf_record_announce(record);
     WSF_LOCK(&index->lock);
     int outcome = set_tags_locked(index, record, keys, values, &list, mapping, trash);
     WSF_UNLOCK(&index->lock);
@@ -691,6 +694,8 @@ PyObject *wsf_index_tags_of(wsf_index *index, wsf_record *record)
 
 void wsf_index_forget(wsf_index *index, wsf_record *record, wsf_trash *trash)
 {
+    if (!wsf_record_announced(record))
+        return;
     WSF_LOCK(&index->lock);
     WSF_ASSERT(!wsf_record_attached(record));
     if (record->user != NULL)

@@ -47,6 +47,8 @@ typedef char wsf_lock;
 #define WSF_LOAD_POINTER(p) (*(void *volatile *)(p))
 #define WSF_STORE_POINTER(p, v) (*(void *volatile *)(p) = (v))
 #define WSF_ADD64(p, n) ((int64_t)_InterlockedExchangeAdd64((volatile long long *)(p), (n)) + (n))
+#define WSF_PUBLISH32(p, v) ((void)_InterlockedExchange((volatile long *)(p), (long)(v)))
+#define WSF_OBSERVE32(p) ((uint32_t)_InterlockedOr((volatile long *)(p), 0))
 #define WSF_PREFETCH(p) _mm_prefetch_or_nothing(p)
 #if defined(_M_X64)
 #define _mm_prefetch_or_nothing(p) _mm_prefetch((const char *)(p), _MM_HINT_T0)
@@ -67,6 +69,9 @@ static inline unsigned wsf_lowest_bit(uint64_t bits)
 #define WSF_LOAD_POINTER(p) __atomic_load_n((p), __ATOMIC_RELAXED)
 #define WSF_STORE_POINTER(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
 #define WSF_ADD64(p, n) __atomic_add_fetch((p), (n), __ATOMIC_ACQ_REL)
+/* Sequentially consistent: of two threads that publish one word and then observe the other's, one sees the other. */
+#define WSF_PUBLISH32(p, v) __atomic_store_n((p), (v), __ATOMIC_SEQ_CST)
+#define WSF_OBSERVE32(p) __atomic_load_n((p), __ATOMIC_SEQ_CST)
 #define WSF_PREFETCH(p) __builtin_prefetch((const void *)(p))
 /* Position of the lowest set bit; bits is not 0. */
 static inline unsigned wsf_lowest_bit(uint64_t bits) { return (unsigned)__builtin_ctzll(bits); }

@@ -52,12 +52,26 @@ typedef struct wsf_record {
     uint32_t errors_out : 31, has_heartbeat : 1;
     float latency, jitter, loss;
     uint32_t tag_pos; /* in the tag set */
+#ifdef Py_GIL_DISABLED
+    uint32_t indexed; /* not 0: the index knows, or is about to know, this record */
+#endif
 } wsf_record;
 
 static inline int wsf_record_attached(const wsf_record *record)
 {
-    return WSF_LOAD32((uint32_t *)&record->slot) != WSF_NO_SLOT;
+    return WSF_OBSERVE32((uint32_t *)&record->slot) != WSF_NO_SLOT;
 }
+
+/* Most connections of some servers have no user, tag or group, and removing them need not wait for the index lock. The
+ * index announces a record before it tests whether it is attached, and a removal detaches it before it asks whether it
+ * was announced, so one of the two sees the other. Without locks there is nothing to save. */
+#ifdef Py_GIL_DISABLED
+static inline void wsf_record_announce(wsf_record *record) { WSF_PUBLISH32(&record->indexed, 1); }
+static inline int wsf_record_announced(wsf_record *record) { return WSF_OBSERVE32(&record->indexed) != 0; }
+#else
+static inline void wsf_record_announce(wsf_record *record) { (void)record; }
+static inline int wsf_record_announced(wsf_record *record) { return record->user || record->groups || record->tags.set; }
+#endif
 
 /* The Python object that a record is embedded in; borrowed. The offset is the size of an object's head. */
 static inline PyObject *wsf_record_object(const wsf_record *record)

@@ -222,7 +222,7 @@ class Registry:
         metadata: Mapping[str, Any] | None = None,
         extensions: Mapping[str, Any] | None = None,
         groups: Iterable[str] = (),
-        status: ConnectionStatus = ConnectionStatus.ONLINE,
+        status: ConnectionStatus = ...,  # ONLINE
         on_duplicate: Literal["reject", "replace"] = "reject",
     ) -> ConnectionMeta:
         """Register a connection and return its record.
