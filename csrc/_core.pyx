@@ -946,6 +946,7 @@ cdef class Registry:
         cdef int64_t limit = self.settings.max_name_bytes
         cdef uint32_t fnv1a = 0
         cdef str key = _name_hashed(client_id, "client id", self.settings.max_id_bytes, &fnv1a)
+        wsf_shard_expect(&self.core.shards[wsf_route(fnv1a, self.core.shard_count - 1)])
         cdef str user = None if user_id is None else _name(user_id, "user id", limit)
         cdef dict tag_values, metadata_values, extension_values
         cdef list group_names

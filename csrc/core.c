@@ -177,7 +177,8 @@ static void fill_slot(wsf_shard *shard, uint32_t slot, wsf_record *record, uint8
     wsf_block *block = shard->blocks[slot / WSF_BLOCK_SLOTS];
     uint32_t at = slot % WSF_BLOCK_SLOTS;
     block->records[at] = record;
-    block->deadline_ns[at] = WSF_NEVER;
+    if (block->deadline_ns[at] != WSF_NEVER) /* of a record that is replaced; a line that is not written stays shared */
+        block->deadline_ns[at] = WSF_NEVER;
     block->active_ns[at] = record->created_ns;
     block->status[at] = status;
     WSF_STORE32(&record->slot, slot);
@@ -212,7 +213,8 @@ static void free_slot(wsf_shard *shard, uint32_t slot)
 {
     uint32_t number = slot / WSF_BLOCK_SLOTS, at = slot % WSF_BLOCK_SLOTS;
     shard->blocks[number]->records[at] = NULL;
-    shard->blocks[number]->deadline_ns[at] = WSF_NEVER;
+    if (shard->blocks[number]->deadline_ns[at] != WSF_NEVER)
+        shard->blocks[number]->deadline_ns[at] = WSF_NEVER;
     shard->occupied[number] &= ~bit(at);
     shard->has_room[number / 64] |= bit(number);
     drop_block_if_empty(shard, number);
@@ -505,6 +507,8 @@ static void finish_lookups(PyObject *const *ids, PyObject **out, const pending *
         wsf_shard *shard = lookups[order[begin]].shard;
         for (end = begin + 1; end < count && lookups[order[end]].shard == shard; end++)
             continue;
+        if (end < count && lookups[order[end]].shard != NULL)
+            WSF_PREFETCH_WRITE(lookups[order[end]].shard); /* the next lock; another thread may have had it last */
         if (shard == NULL) {
             for (size_t i = begin; i < end; i++)
                 out[order[i]] = NULL;

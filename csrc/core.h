@@ -103,6 +103,18 @@ size_t wsf_ids_prepare(PyObject *const *ids, size_t count);
 void wsf_core_get_many(wsf_core *core, PyObject *const *ids, PyObject **out, size_t count);
 int wsf_core_contains(wsf_core *core, PyObject *client_id);
 
+/* Ask for the shard's lock and counters, which another thread may have written last. Worth it where some work comes
+ * before the lock is taken; without locks there is nothing to wait for. */
+static inline void wsf_shard_expect(wsf_shard *shard)
+{
+#ifdef Py_GIL_DISABLED
+    WSF_PREFETCH_WRITE(shard);
+    WSF_PREFETCH_WRITE(&shard->counters);
+#else
+    (void)shard;
+#endif
+}
+
 /* ---- changes --------------------------------------------------------------------------------------------------- */
 
 enum { WSF_DUPLICATE = -2 };

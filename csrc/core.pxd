@@ -133,6 +133,7 @@ cdef extern from "core.h":
         wsf_counters counters
 
     wsf_core *wsf_core_new(uint32_t shard_count, PyObject *settings, bint has_native_clock) noexcept
+    void wsf_shard_expect(wsf_shard *shard) noexcept
     void wsf_shard_retain(wsf_shard *shard) noexcept
     void wsf_shard_release(wsf_shard *shard) noexcept
     void wsf_core_release(wsf_core *core) noexcept

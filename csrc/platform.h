@@ -50,6 +50,7 @@ typedef char wsf_lock;
 #define WSF_PUBLISH32(p, v) ((void)_InterlockedExchange((volatile long *)(p), (long)(v)))
 #define WSF_OBSERVE32(p) ((uint32_t)_InterlockedOr((volatile long *)(p), 0))
 #define WSF_PREFETCH(p) _mm_prefetch_or_nothing(p)
+#define WSF_PREFETCH_WRITE(p) WSF_PREFETCH(p)
 #if defined(_M_X64)
 #define _mm_prefetch_or_nothing(p) _mm_prefetch((const char *)(p), _MM_HINT_T0)
 #else
@@ -73,6 +74,7 @@ static inline unsigned wsf_lowest_bit(uint64_t bits)
 #define WSF_PUBLISH32(p, v) __atomic_store_n((p), (v), __ATOMIC_SEQ_CST)
 #define WSF_OBSERVE32(p) __atomic_load_n((p), __ATOMIC_SEQ_CST)
 #define WSF_PREFETCH(p) __builtin_prefetch((const void *)(p))
+#define WSF_PREFETCH_WRITE(p) __builtin_prefetch((const void *)(p), 1)
 /* Position of the lowest set bit; bits is not 0. */
 static inline unsigned wsf_lowest_bit(uint64_t bits) { return (unsigned)__builtin_ctzll(bits); }
 #endif
