@@ -1,8 +1,7 @@
 """One operation at a time, native against the sync.Map-like path in pure Python, generation 1 and ``dict``.
 
-Run by ``python -m pytest bench/suite --benchmark-only -o addopts=--import-mode=importlib``. Each round does what it
-does for 1,000 ids of a registry of 10,000, so the figures are of a registry that fits into the caches;
-``python -m bench registry`` has the larger ones, and the targets.
+Run by ``python -m pytest bench --benchmark-only``. Each round is 1,000 operations on a registry of 10,000 connections,
+which is small enough for the caches; ``python -m bench registry`` has the larger ones, and the targets.
 """
 
 from __future__ import annotations
@@ -62,7 +61,8 @@ def registry(request: pytest.FixtureRequest, fill: Callable[[str], Store]) -> An
 
 
 def _run(benchmark: BenchmarkFixture, function: Callable[..., Any], *args: object) -> Any:
-    return benchmark.pedantic(function, args=args, rounds=_ROUNDS, warmup_rounds=3)
+    pedantic: Callable[..., Any] = benchmark.pedantic
+    return pedantic(function, args=args, rounds=_ROUNDS, warmup_rounds=3)
 
 
 @pytest.mark.benchmark(group="get: 1,000 ids")

@@ -275,7 +275,7 @@ def test_finalizer_of_an_assigned_object_may_assign_and_remove(registry: Any, na
     assert_consistent(registry)
 
 
-def test_finalizers_at_the_end_of_a_registry_see_detached_records(impl: Implementation) -> None:
+def test_finalizers_at_the_end_of_a_registry_may_use_its_records(impl: Implementation) -> None:
     registry = impl.Registry(4)
     records: list[Any] = []
     seen: list[Any] = []

@@ -625,28 +625,6 @@ def test_threads_walk_a_registry_that_its_maker_forgot(impl: Implementation) -> 
     assert all(ids(found) == ids(records) for found in each_worker(exhaust))
 
 
-def test_one_native_iterator_shared_by_threads_yields_nobody_twice(native: Implementation) -> None:
-    # The reference walks with generators, and CPython 3.13 without the GIL crashes where two threads run one of them.
-    registry = native.Registry(8)
-    records = [registry.add(f"c{number}", groups=["g"]) for number in range(2000)]
-    for filters in ({}, {"group": "g"}):
-        batches = registry.batches(3, **filters)
-
-        def drain(worker: int, batches: Any = batches) -> list[Any]:
-            found: list[Any] = []
-            while True:
-                try:
-                    batch = next(batches, None)
-                except ValueError:  # what an iterator may say while another thread is in it
-                    continue
-                if batch is None:
-                    return found
-                found += batch
-
-        found = list(itertools.chain(*each_worker(drain)))
-        assert ids(found) == ids(records)
-
-
 def test_everything_at_once(registry: Any, load: int) -> None:
     client_ids = [f"c{number}" for number in range(60)]
 

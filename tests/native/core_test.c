@@ -202,7 +202,7 @@ static void free_connection(PyObject *object)
     Py_XDECREF(gone->r.user);
     Py_XDECREF(gone->r.client_id);
     wsf_index_release_tags(&gone->r);
-    wsf_core_release(gone->r.shard->core);
+    wsf_shard_release(gone->r.shard);
     WSF_COUNT_LIVE(WSF_LIVE_RECORD, -1);
     free(gone);
 }
@@ -220,7 +220,7 @@ static connection *make_connection(wsf_core *core, PyObject *client_id, int64_t 
     made->r.client_id = Py_NewRef(client_id);
     made->r.shard = &core->shards[wsf_route(fnv1a, core->shard_count - 1)];
     made->r.created_ns = now_ns;
-    wsf_core_retain(core);
+    wsf_shard_retain(made->r.shard);
     WSF_COUNT_LIVE(WSF_LIVE_RECORD, 1);
     return made;
 }
@@ -632,7 +632,7 @@ static void verify(world *w)
 }
 
 /* Make a call; sometimes again and again, each time with one allocation more before the first that fails, until memory
- * suffices. After each failure all must be as before. */
+ * suffices or the caller gives up. After each failure all must be as before. */
 #define WITH_FAULTS(w, outcome, call)                                                                                  \
     do {                                                                                                               \
         int64_t nth = one_in(&(w)->random, (w)->size->faults_one_in);                                                  \
@@ -646,6 +646,8 @@ static void verify(world *w)
             CHECK(injected);                                                                                           \
             (w)->faults++;                                                                                             \
             verify(w);                                                                                                 \
+            if (one_in(&(w)->random, 8))                                                                               \
+                break;                                                                                                 \
         }                                                                                                              \
     } while (0)
 
@@ -744,7 +746,8 @@ static void attach(world *w, uint32_t id, int replace)
     wsf_trash_init(&trash);
     WITH_FAULTS(w, outcome, wsf_core_attach(&c->r, (uint8_t)c->status, replace, &replaced, &trash));
     if (outcome != WSF_OK) {
-        CHECK(outcome == WSF_DUPLICATE && old != NULL && !replace && replaced == NULL && trash.used == 0);
+        CHECK(outcome == WSF_NO_MEMORY || (outcome == WSF_DUPLICATE && old != NULL && !replace));
+        CHECK(replaced == NULL && trash.used == 0);
         Py_XDECREF(c->r.conn);
         c->r.conn = NULL;
         Py_DECREF(&c->head);
@@ -808,6 +811,8 @@ static void join(world *w, connection *c, uint32_t group)
     bool member = in_group(c, group);
     WITH_FAULTS(w, outcome,
                 wsf_index_join(&w->core->index, &c->r, either(&w->random, &w->groups, group), w->size->max_groups));
+    if (outcome == WSF_NO_MEMORY)
+        return;
     if (!c->attached) {
         CHECK(outcome == WSF_DETACHED);
     } else if (member || c->group_count >= w->size->max_groups) {
@@ -872,6 +877,8 @@ static void op_set_user(world *w)
     wsf_trash_init(&trash);
     WITH_FAULTS(w, outcome, wsf_index_set_user(&w->core->index, &c->r, name, &trash));
     wsf_trash_release(&trash);
+    if (outcome == WSF_NO_MEMORY)
+        return;
     CHECK(outcome == (c->attached ? WSF_OK : WSF_DETACHED));
     if (c->attached)
         c->user = user;
@@ -900,7 +907,7 @@ static void op_set_tags(world *w)
     wsf_trash_init(&trash);
     if (!one_in(&w->random, 4)) {
         WITH_FAULTS(w, outcome, wsf_index_set_tags(index, &c->r, keys, values, count, NULL, &trash));
-        if (c->attached && !w->in_limbo)
+        if (c->attached && !w->in_limbo && outcome != WSF_NO_MEMORY)
             CHECK(outcome == (tags_are_known(w, &tags) ? WSF_OK : WSF_NEEDS_MAPPING));
     }
     if (outcome == WSF_NEEDS_MAPPING) {
@@ -909,6 +916,8 @@ static void op_set_tags(world *w)
     }
     wsf_trash_release(&trash);
     Py_XDECREF(made);
+    if (outcome == WSF_NO_MEMORY)
+        return;
     CHECK(outcome == (c->attached ? WSF_OK : WSF_DETACHED));
     if (c->attached)
         c->tags = tags;
@@ -1020,6 +1029,8 @@ static void op_select(world *w)
     PyObject **found;
     int64_t count, expected = 0;
     WITH_FAULTS(w, count, wsf_index_select(&w->core->index, &query, &found));
+    if (count == WSF_NO_MEMORY)
+        return;
     for (uint32_t i = 0; i < w->size->ids; i++)
         expected += w->by_id[i] != NULL && selected(w->by_id[i], group, user, key, value);
     CHECK(count == expected);
@@ -1073,8 +1084,9 @@ static void mislead(world *w, PyObject *id)
 
 static void op_get_many(world *w)
 {
-    PyObject *ids[600] = {NULL}, *found[600];
-    const size_t count = below(&w->random, one_in(&w->random, 4) ? 600 : 12);
+    enum { MANY = 2 * WSF_CHUNK + 100 };
+    PyObject *ids[MANY] = {NULL}, *found[MANY];
+    const size_t count = below(&w->random, one_in(&w->random, 8) ? MANY : 12);
     for (size_t i = 0; i < count; i++) {
         uint32_t id = below(&w->random, w->size->ids);
         ids[i] = one_in(&w->random, 20) ? w->surrogate : either(&w->random, &w->ids, id);
