@@ -10,7 +10,7 @@ help:
 	@echo "make test    the tests, on every CPython 3.11 to 3.14 that is found (PYTHONS='...' to choose)"
 	@echo "make check   ruff, mypy, stubtest, the core with warnings as errors, and the wheel and sdist"
 	@echo "make bench   the benchmarks, one after the other (BENCH=name for one, ARGS='--json FILE')"
-	@echo "make stress  sanitizers, free-threaded CPython, long runs of the random tests (about half an hour)"
+	@echo "make stress  sanitizers, free-threaded CPython, long runs of the random tests (about an hour)"
 	@echo "make clean   remove environments and build products"
 
 demo:
