@@ -316,7 +316,10 @@ cdef class ConnectionMeta:
 
     @property
     def registry(self):
-        return _settings_of(self).registry() if wsf_record_attached(&self.r) else None
+        if not wsf_record_attached(&self.r):
+            return None
+        weak = _settings_of(self).registry  # None if the registry has gone since
+        return None if weak is None else weak()
 
     @property
     def attached(self):
