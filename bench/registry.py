@@ -333,11 +333,22 @@ def _report_footprints(report: Report, size: _Size, footprints: _Footprints) -> 
                 f"{name}, {fill}",
                 *(figure(found.get(key)) for key in ("rss", "sizeof", "rss_group", "sizeof_group")),
                 *(figure(value) for value in (found["collect_none_ms"], found["collect_ms"], more)),
+                f"{found['tracked']:,}",
             ])  # fmt: skip
             report.row(connections=size.connections, implementation=name, fill=fill, **found)
     report.table(
         f"{size.connections:,} connections: bytes each, and gc.collect()",
-        ["", "RSS", "getsizeof", "RSS, in a group", "getsizeof, in a group", "none: ms", "all: ms", "more: ms"],
+        [
+            "",
+            "RSS",
+            "getsizeof",
+            "RSS, in a group",
+            "getsizeof, in a group",
+            "none: ms",
+            "all: ms",
+            "more: ms",
+            "more objects",
+        ],
         rows,
     )
 

@@ -11,7 +11,8 @@ The threads start from a barrier; wall-clock time passes from the first of them 
 before. One thread alone and two threads take turns, so a busy machine slows both. *Scaling* is the throughput of both
 threads divided by that of one. *Work* is the processor time of an id with two threads divided by the one of a thread
 alone: what the threads cost each other, without what other processes take from them. On two free cores that never wait
-for a lock, scaling is 2 / work.
+for a lock, scaling is 2 / work. *Nothing shared* is a loop over ids that looks nothing up: its scaling is what the
+machine had to give. Where that is far from 2, other processes had the cores, and the rest tells little.
 
 Without a GIL, a thread counts references to objects that it made without atomic instructions, and all other ones with
 them. So there are two ways: each thread has made its ids and added its connections itself, as in a server with an event
@@ -33,13 +34,14 @@ from typing import TypeAlias
 
 from bench.harness import Benchmark, Report, Samples, figure, gil_enabled
 from bench.population import SEED, make_conns, make_ids
-from bench.stores import DICT, GENERATION_2, NATIVE, STORES, Store
+from bench.stores import DICT, GENERATION_2, NATIVE, STORES, Store, loop_alone
 
 _IDS_OF_A_CALL = 1_000
 _CHANGES_OF_A_CALL = 50
 _GET_MANY = "get_many"
 _CHANGES = "get_many and changes"
 _GET = "get"
+_CONTROL = "nothing shared"
 _ONE, _TWO = "one thread", "two threads"
 _ONE_WORK, _TWO_WORK = "work of one", "work of two"
 
@@ -93,6 +95,11 @@ def _get_many_and_changes(store: Store, calls: list[list[str]], conns: Sequence[
 def _get(store: Store, calls: list[list[str]], _: Sequence[object]) -> None:
     for ids in calls:
         store.look_up(ids)
+
+
+def _loop_alone(_: Store, calls: list[list[str]], __: Sequence[object]) -> None:
+    for ids in calls:
+        loop_alone(ids, 10)
 
 
 _WORK: dict[str, _Work] = {_GET_MANY: _get_many, _CHANGES: _get_many_and_changes, _GET: _get}
@@ -184,7 +191,9 @@ def _measure(workers: _Workers, name: str, effort: _Effort, *, own: bool) -> dic
         workers.call(maker, _fill, store, share)
         shares.append(share)
     found = {}
-    for title, work in _WORK.items():
+    # Beside what is judged by it.
+    works = _WORK | {_CONTROL: _loop_alone} if name == NATIVE else _WORK
+    for title, work in works.items():
         found[title] = _take(workers, store, shares, work, effort, effort.calls[name])
         _check(store, shares, effort)
     store.clear()
