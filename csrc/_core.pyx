@@ -6,7 +6,6 @@ method by method, is in wsfast/_core.pyi. Ownership words: *owned*, *borrowed*, 
 """
 
 cimport cython
-from cpython.exc cimport PyErr_NoMemory
 from cpython.list cimport PyList_New
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.object cimport PyObject, PyObject_Hash

@@ -12,7 +12,6 @@ cdef extern from "platform.h":
     ctypedef struct wsf_trash:
         pass
     void wsf_trash_init(wsf_trash *trash) noexcept
-    void wsf_trash_add(wsf_trash *trash, PyObject *object) noexcept
     void wsf_trash_release(wsf_trash *trash) noexcept
     int64_t wsf_monotonic_ns() noexcept
     void wsf_count_live "WSF_COUNT_LIVE"(int kind, int n) noexcept
@@ -64,9 +63,6 @@ cdef extern from "record.h":
 cdef extern from "table.h":
     ctypedef struct wsf_table:
         uint32_t used
-    ctypedef uint32_t (*wsf_hash_of)(const void *item) noexcept
-    uint32_t wsf_table_longest_probe(const wsf_table *table, wsf_hash_of hash_of) noexcept
-    uint32_t wsf_record_hash(const void *item) noexcept
 
 
 cdef extern from "index.h":
