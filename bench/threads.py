@@ -7,9 +7,11 @@ Each thread has its own half of the connections, and goes through the ids of its
   ten look-ups.
 * *get*: the same ids, a call for each.
 
-The threads start from a barrier; wall-clock time passes from the first of them to the end of the last. Ids are chosen
-before. One thread alone and two threads take turns, so a busy machine slows both. *Scaling* is the throughput of both
-threads divided by that of one. *Work* is the processor time of an id with two threads divided by the one of a thread
+The threads start from a barrier and work until the same moment; a thread's throughput is what it did divided by the time
+it took. (With a fixed amount of work for each, the wall clock would run until the slower of the two ends. On a machine
+whose cores slow down by turns that tells how uneven they were, and the faster thread would run alone at the end.) Ids
+are chosen before. One thread alone and two threads take turns, so a busy machine slows both. *Scaling* is the throughput
+of both threads divided by that of one. *Work* is the processor time of an id with two threads divided by the one of a thread
 alone: what the threads cost each other, without what other processes take from them. On two free cores that never wait
 for a lock, scaling is 2 / work. *Nothing shared* is a loop over ids that looks nothing up: its scaling is what the
 machine had to give. Where that is far from 2, other processes had the cores, and the rest tells little.
@@ -24,11 +26,10 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from itertools import cycle, islice
+from itertools import cycle
 from random import Random
 from typing import TypeAlias
 
@@ -49,12 +50,13 @@ _ONE_WORK, _TWO_WORK = "work of one", "work of two"
 @dataclass(frozen=True)
 class _Effort:
     connections: int  # of each thread
-    calls: dict[str, int]  # of 1,000 ids; by store, so that no one takes too long
+    seconds: float  # that the threads work, each time
     repetitions: int
 
 
-_FULL = _Effort(50_000, {DICT: 500, GENERATION_2: 5, NATIVE: 500}, repetitions=15)
-_QUICK = _Effort(2_000, {DICT: 4, GENERATION_2: 2, NATIVE: 4}, repetitions=2)
+_FULL = _Effort(50_000, 0.1, repetitions=30)
+_QUICK = _Effort(2_000, 0.005, repetitions=2)
+_STORES = (DICT, GENERATION_2, NATIVE)
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class _Share:
     conns: tuple[object, ...]
 
 
-_Work: TypeAlias = Callable[[Store, list[list[str]], Sequence[object]], None]
+# What a thread does with the ids of one call.
+_Work: TypeAlias = Callable[[Store, list[str], Sequence[object]], None]
 
 
 def _make_share(number: int, connections: int) -> _Share:
@@ -78,28 +81,23 @@ def _make_share(number: int, connections: int) -> _Share:
 # ---- what a thread does ----------------------------------------------------------------------------------------------
 
 
-def _get_many(store: Store, calls: list[list[str]], _: Sequence[object]) -> None:
-    for ids in calls:
-        store.get_many(ids)
+def _get_many(store: Store, ids: list[str], _: Sequence[object]) -> None:
+    store.get_many(ids)
 
 
-def _get_many_and_changes(store: Store, calls: list[list[str]], conns: Sequence[object]) -> None:
-    conns = conns[:_CHANGES_OF_A_CALL]
-    for ids in calls:
-        store.get_many(ids)
-        changed = ids[:_CHANGES_OF_A_CALL]
-        store.remove(changed)
-        store.add(changed, conns)
+def _get_many_and_changes(store: Store, ids: list[str], conns: Sequence[object]) -> None:
+    store.get_many(ids)
+    changed = ids[:_CHANGES_OF_A_CALL]
+    store.remove(changed)
+    store.add(changed, conns[:_CHANGES_OF_A_CALL])
 
 
-def _get(store: Store, calls: list[list[str]], _: Sequence[object]) -> None:
-    for ids in calls:
-        store.look_up(ids)
+def _get(store: Store, ids: list[str], _: Sequence[object]) -> None:
+    store.look_up(ids)
 
 
-def _loop_alone(_: Store, calls: list[list[str]], __: Sequence[object]) -> None:
-    for ids in calls:
-        loop_alone(ids, 10)
+def _loop_alone(_: Store, ids: list[str], __: Sequence[object]) -> None:
+    loop_alone(ids, 10)
 
 
 _WORK: dict[str, _Work] = {_GET_MANY: _get_many, _CHANGES: _get_many_and_changes, _GET: _get}
@@ -108,7 +106,19 @@ _WORK: dict[str, _Work] = {_GET_MANY: _get_many, _CHANGES: _get_many_and_changes
 def _fill(store: Store, share: _Share) -> None:
     for ids in share.calls:
         store.add(ids, share.conns)
-    _get(store, share.calls, share.conns)  # brings generation 2 into its best state
+    for ids in share.calls:
+        store.look_up(ids)  # brings generation 2 into its best state
+
+
+def _work_until(end_ns: int, work: _Work, store: Store, share: _Share) -> int:
+    """Go through the share's calls, again and again, until the clock says *end_ns*. How many ids were worked on."""
+    calls = 0
+    for ids in cycle(share.calls):
+        work(store, ids, share.conns)
+        calls += 1
+        if time.perf_counter_ns() >= end_ns:
+            break
+    return calls * _IDS_OF_A_CALL
 
 
 # ---- threads ---------------------------------------------------------------------------------------------------------
@@ -131,43 +141,44 @@ class _Workers:
         """What *function* returns or raises in one of the threads."""
         return self._threads[number].submit(function, *args).result()
 
-    def clock(self, work: Sequence[tuple[int, Callable[[], None]]]) -> tuple[float, float]:
+    def clock(self, work: Mapping[int, Callable[[int], int]], seconds: float) -> tuple[float, float]:
         """Run pieces of work side by side, each in the thread of that number.
 
+        Args:
+            work: functions that work until ``perf_counter_ns`` has reached what they are given, and return how many
+                ids they did.
+            seconds: that they have.
+
         Returns:
-            Seconds on the wall clock, and seconds of processor time of all threads together.
+            Ids a second of all of them together, and seconds of processor time of an id.
         """
         barrier = threading.Barrier(len(work))
 
-        def timed(function: Callable[[], None]) -> tuple[int, int, int]:
+        def timed(function: Callable[[int], int]) -> tuple[int, int, int]:
             barrier.wait()
             begin, begin_work = time.perf_counter_ns(), time.thread_time_ns()
-            function()
-            return begin, time.perf_counter_ns(), time.thread_time_ns() - begin_work
+            done = function(begin + int(seconds * 1e9))
+            return done, time.perf_counter_ns() - begin, time.thread_time_ns() - begin_work
 
-        pending = [self._threads[number].submit(timed, function) for number, function in work]
+        pending = [self._threads[number].submit(timed, function) for number, function in work.items()]
         results = [future.result() for future in pending]
-        wall_ns = max(end for _, end, _ in results) - min(begin for begin, _, _ in results)
-        return wall_ns / 1e9, sum(work_ns for _, _, work_ns in results) / 1e9
+        ids_per_s = sum(done / (wall_ns / 1e9) for done, wall_ns, _ in results)
+        return ids_per_s, sum(work_ns for _, _, work_ns in results) / 1e9 / sum(done for done, _, _ in results)
 
 
-def _take(
-    workers: _Workers, store: Store, shares: Sequence[_Share], work: _Work, effort: _Effort, calls: int
-) -> Samples:
+def _take(workers: _Workers, store: Store, shares: Sequence[_Share], work: _Work, effort: _Effort) -> Samples:
     """Ids a second, and processor time of an id, of one thread (by turns this and the other one) and of all."""
-    jobs = [
-        (number, partial(work, store, list(islice(cycle(share.calls), calls)), share.conns))
-        for number, share in enumerate(shares)
-    ]
-    ids = calls * _IDS_OF_A_CALL
+
+    def job(number: int) -> Callable[[int], int]:
+        return lambda end_ns: _work_until(end_ns, work, store, shares[number])
+
     samples = Samples()
     for repetition in range(effort.repetitions):
-        wall_s, work_s = workers.clock([jobs[repetition % len(jobs)]])
-        samples.add(_ONE, ids / wall_s)
-        samples.add(_ONE_WORK, work_s / ids)
-        wall_s, work_s = workers.clock(jobs)
-        samples.add(_TWO, len(jobs) * ids / wall_s)
-        samples.add(_TWO_WORK, work_s / (len(jobs) * ids))
+        alone = repetition % len(shares)
+        for rate, cost, numbers in ((_ONE, _ONE_WORK, [alone]), (_TWO, _TWO_WORK, range(len(shares)))):
+            ids_per_s, work_s = workers.clock({number: job(number) for number in numbers}, effort.seconds)
+            samples.add(rate, ids_per_s)
+            samples.add(cost, work_s)
     return samples
 
 
@@ -194,7 +205,7 @@ def _measure(workers: _Workers, name: str, effort: _Effort, *, own: bool) -> dic
     # Beside what is judged by it.
     works = _WORK | {_CONTROL: _loop_alone} if name == NATIVE else _WORK
     for title, work in works.items():
-        found[title] = _take(workers, store, shares, work, effort, effort.calls[name])
+        found[title] = _take(workers, store, shares, work, effort)
         _check(store, shares, effort)
     store.clear()
     return found
@@ -226,7 +237,7 @@ def run(report: Report) -> None:
     native: dict[str, dict[str, Samples]] = {}
     with _Workers(3) as workers:
         for title, own in ways.items():
-            found = {name: _measure(workers, name, effort, own=own) for name in effort.calls}
+            found = {name: _measure(workers, name, effort, own=own) for name in _STORES}
             _report_way(report, title, found)
             native[title] = found[NATIVE]
     if gil_enabled():
