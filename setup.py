@@ -1,10 +1,11 @@
-"""Builds the native core, ``wsfast._core``, from ``csrc/``; all other configuration is in pyproject.toml.
+"""Builds the native core, ``wsfast._core`` and ``wsfast._fanout``, from ``csrc/``; all other configuration is in pyproject.toml.
 
 Switches, for developers, in the environment: ``WSFAST_DEBUG=1`` compiles assertions and live-object counters in,
 ``WSFAST_SANITIZE=address,undefined`` (or ``thread``) the sanitizers of the C compiler, and ``WSFAST_STRICT=1`` makes
 errors of the warnings of Cython and of the C compiler.
 """
 
+import glob
 import os
 import sys
 
@@ -21,7 +22,7 @@ Options.warning_errors = STRICT
 if sys.platform == "win32":
     compile_args = ["/O2", "/std:c11"]
 else:
-    compile_args = ["-O3", "-std=c11", "-fvisibility=hidden", "-Wall"]
+    compile_args = ["-O3", "-std=c11", "-fvisibility=hidden", "-Wall", "-pthread"]
 if STRICT and sys.platform != "win32":
     compile_args += ["-Wextra", "-Wno-unused-parameter", "-Wno-missing-field-initializers", "-Werror"]
 link_args = []
@@ -31,19 +32,26 @@ if SANITIZE:
     compile_args += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
     link_args += [f"-fsanitize={SANITIZE}"]
 
-core = Extension(
-    "wsfast._core",
-    ["csrc/_core.pyx", "csrc/core.c", "csrc/index.c", "csrc/platform.c", "csrc/table.c"],
-    include_dirs=["csrc"],
-    depends=["csrc/core.pxd", *(f"csrc/{name}.h" for name in ("core", "fnv", "index", "platform", "record", "table"))],
-    define_macros=[("WSF_DEBUG", "1")] if DEBUG else [],
-    extra_compile_args=compile_args,
-    extra_link_args=link_args,
-)
+
+
+def extension(name: str, sources: list[str]) -> Extension:
+    return Extension(
+        f"wsfast.{name}",
+        [f"csrc/{name}.pyx", *(f"csrc/{source}.c" for source in sources)],
+        include_dirs=["csrc"],
+        depends=[*glob.glob("csrc/*.h"), *glob.glob("csrc/*.pxd")],
+        define_macros=[("WSF_DEBUG", "1")] if DEBUG else [],
+        extra_compile_args=compile_args,
+        extra_link_args=link_args,
+    )
+
+
+core = extension("_core", ["core", "index", "platform", "table"])
+fanout = extension("_fanout", ["fanout", "frame", "outbox", "platform", "pool", "table"])
 
 setup(
     ext_modules=cythonize(
-        [core],
+        [core, fanout],
         include_path=["csrc"],
         force=STRICT,
         compiler_directives={

@@ -14,7 +14,7 @@ environment() {
     if [ ! -x "$dir/bin/python" ]; then
         "$python" -m venv "$dir" || { rm -rf "$dir"; echo "cannot make an environment with $python" >&2; return 1; }
     fi
-    if [ ! -e "$stamp" ] || [ -n "$(find setup.py pyproject.toml csrc -newer "$stamp" ! -name _core.c ! -type d | head -n 1)" ]; then
+    if [ ! -e "$stamp" ] || [ -n "$(find setup.py pyproject.toml csrc -newer "$stamp" ! -name "_*.c" ! -type d | head -n 1)" ]; then
         "$dir/bin/pip" install --quiet --editable ".[$extra]"
         touch "$stamp"
     fi

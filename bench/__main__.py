@@ -14,11 +14,12 @@ from bench.harness import Benchmark, Report
 
 
 def _benchmarks() -> dict[str, Benchmark]:
-    """The benchmarks of this package by name: each file's ``BENCHMARK``, where it has one."""
-    names = [module.name for module in pkgutil.iter_modules(bench.__path__) if module.name != "__main__"]
+    """The benchmarks of this package by name: each file's ``BENCHMARKS``, where it has some."""
+    names = [
+        module.name for module in pkgutil.iter_modules(bench.__path__) if module.name != "__main__" and not module.ispkg
+    ]
     modules = [importlib.import_module(f"bench.{name}") for name in names]
-    found = [module.BENCHMARK for module in modules if hasattr(module, "BENCHMARK")]
-    return {benchmark.name: benchmark for benchmark in found}
+    return {benchmark.name: benchmark for module in modules for benchmark in getattr(module, "BENCHMARKS", ())}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

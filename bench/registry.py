@@ -417,4 +417,4 @@ def run(report: Report) -> None:
         _targets(report, by_size, colliding[NATIVE])
 
 
-BENCHMARK = Benchmark("registry", "look-ups, changes, walks, memory of the registry, against dict and pure Python", run)
+BENCHMARKS = (Benchmark("registry", "look-ups, changes, walks, memory of the registry, against dict and pure Python", run),)

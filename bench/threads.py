@@ -249,4 +249,4 @@ def run(report: Report) -> None:
             report.at_least(what, by_work[work].ratio(_TWO, _ONE), least, "x")
 
 
-BENCHMARK = Benchmark("threads", "two threads against one; without the GIL they should be nearly twice as fast", run)
+BENCHMARKS = (Benchmark("threads", "two threads against one; without the GIL they should be nearly twice as fast", run),)

@@ -109,6 +109,7 @@ cdef extern from "core.h":
         uint64_t errors_out
     ctypedef struct wsf_shard:
         uint32_t number
+        wsf_counters counters
         wsf_core *core
     ctypedef struct wsf_core:
         uint32_t shard_count

@@ -20,7 +20,7 @@ contract in pure Python is ``wsfast.reference``.
 from wsfast import events
 from wsfast._core import ConnectionMeta, Registry, fnv1_32, fnv1a_32
 from wsfast.connection import ConnectionStatus, Quality
-from wsfast.delivery import BroadcastResult
+from wsfast.delivery import Backpressure, BroadcastResult
 from wsfast.errors import (
     DetachedRecord,
     DuplicateConnection,
@@ -33,21 +33,33 @@ from wsfast.errors import (
     PeerClosed,
     PeerError,
     PeerFailed,
+    PeerTooSlow,
     UnknownConnection,
     UsageError,
     WrongThread,
     WsfastError,
 )
-from wsfast.events import ConnectionClosed, ConnectionOpened, Event
-from wsfast.manager import ConnectionManager, DrainPolicy
+from wsfast.events import (
+    ConnectionClosed,
+    ConnectionOpened,
+    ConnectionTooSlow,
+    Event,
+    MessageConflated,
+    MessagesDropped,
+    SendFailed,
+)
+from wsfast.manager import CloseReport, ConnectionManager, DrainPolicy
 
 __all__ = [
+    "Backpressure",
     "BroadcastResult",
+    "CloseReport",
     "ConnectionClosed",
     "ConnectionManager",
     "ConnectionMeta",
     "ConnectionOpened",
     "ConnectionStatus",
+    "ConnectionTooSlow",
     "DetachedRecord",
     "DrainPolicy",
     "DuplicateConnection",
@@ -57,12 +69,16 @@ __all__ = [
     "InvalidSetting",
     "LimitExceeded",
     "ManagerClosed",
+    "MessageConflated",
     "MessageTooBig",
+    "MessagesDropped",
     "PeerClosed",
     "PeerError",
     "PeerFailed",
+    "PeerTooSlow",
     "Quality",
     "Registry",
+    "SendFailed",
     "UnknownConnection",
     "UsageError",
     "WrongThread",

@@ -352,6 +352,8 @@ class Registry:
     def now_ns(self) -> int:
         """What the registry's clock says."""
     def stats(self) -> Stats: ...
+    def changes(self) -> tuple[int, int]:
+        """How many connections were added and removed so far, replacing counted as both. Cost: O(shards)."""
     def shard_stats(self) -> list[ShardStats]:
         """One entry for each shard, in order. Cost: O(table entries), for ``longest_probe``."""
     def __sizeof__(self) -> int:

@@ -103,12 +103,12 @@ class Verbs:
         """Leave *group*; False if the connection was not in it. See ``Registry.leave``."""
         return _registry(self).leave(self, group)  # type: ignore[arg-type]
 
-    async def send(self, message: Message) -> None:
+    async def send(self, message: Message, *, key: str | None = None) -> None:
         """Send one message to this connection. See ``ConnectionManager.send``."""
         registry = self.registry
         if registry is None:
             raise PeerClosed(self.client_id)
-        await _manager(registry).send(self, message)
+        await _manager(registry).send(self, message, key=key)
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """Close this connection with *code* and *reason*. See ``ConnectionManager.disconnect``."""

@@ -1,40 +1,51 @@
-"""Sending one message to one connection or to many: the policy, and the only place that has one.
+"""How messages get to connections: the one module through which everything that wsfast sends goes.
 
-Invariants, on which callers rely:
+What it promises:
 
-- **Order.** Messages to one connection leave in the order of the calls that sent them, whichever calls these were. A
-  fan-out gives the loop back between slices, so others may send meanwhile. Who sends to a connection that an earlier
-  fan-out has not reached yet hands over the earlier message first (see :class:`_FanOut`).
-- **Membership.** A broadcast goes to those who match at the moment of the call, less those who leave before their turn.
-- **Failures are data.** What goes wrong with one connection is counted on its record and told in the result. It ends
-  no fan-out and is raised only from :meth:`Delivery.send`.
-- **Counting.** A message is counted as sent on the record when the library has taken it: by the adapter where that
-  sees all traffic of the connection, here where it does not, never by both.
+- **Order.** Messages to one connection leave in the order of the calls, whether ``send``, ``broadcast`` or
+  ``broadcast_nowait``: each connection has one outbox, and a call appends to the outboxes of all its targets at once,
+  before anything else can happen on the loop. What the application sends by itself, with the library's own ``send``,
+  leaves when it calls that: before what waits in the outbox, and never inside a message.
+- **One write.** Outboxes are flushed at the end of the loop's turn; all that a connection has pending leaves with one
+  system call. A fan-out holds the loop for about a millisecond at a time. Until the rest has left, messages that are sent
+  meanwhile queue up behind it.
+- **Targets** are those who match at the moment of the call.
+- **Slow peers** are waited for by nobody but ``send``. What a socket does not take is queued here, up to the limits of
+  :class:`Backpressure`.
+- **Failures are data.** What goes wrong with one connection is counted on its record, told in the result of a broadcast
+  and published as an event. It is raised only from :meth:`Delivery.send`.
+- **Counting.** A message is counted as sent on the record when the kernel or the transport has taken it.
 
-Not guaranteed: that a message arrives. Sent means handed to the kernel, queued means that it waits in this process
-for a peer that reads slowly. There is no bound yet on what waits there.
+Not guaranteed: that a message arrives. Sent means handed to the kernel.
+
+How: encoding, outboxes, limits and sockets are the core's (``wsfast._fanout``, csrc/fanout.h). Here is what touches a
+loop: when to flush, what goes through a transport instead, who waits for what.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from time import perf_counter
-from typing import TYPE_CHECKING, Any, TypeAlias
+from time import monotonic_ns, perf_counter
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-from wsfast.adapters import Closed, Outgoing, adapter_for
-from wsfast.errors import MessageTooBig, PeerClosed, PeerError, PeerFailed
+from wsfast._fanout import FAILED, MAX_HELPERS, MAX_VARIANTS, REST, Fanout, Link
+from wsfast._fanout import Message as Encoded
+from wsfast.adapters import Closed, adapter_for
+from wsfast.errors import InvalidSetting, MessageTooBig, PeerClosed, PeerError, PeerFailed, PeerTooSlow
+from wsfast.events import ConnectionTooSlow, MessageConflated, MessagesDropped, SendFailed
 
 if TYPE_CHECKING:
     from wsfast._core import ConnectionMeta, Registry
     from wsfast.adapters import Adapter
+    from wsfast.events import Cause, EventBus
 
     Excluded: TypeAlias = str | ConnectionMeta | Iterable[str | ConnectionMeta] | None
 
-__all__ = ["BroadcastResult", "Delivery", "Message"]
+__all__ = ["TOO_SLOW", "Backpressure", "BroadcastResult", "Delivery", "Message", "Undelivered"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,32 +55,98 @@ Message = str | bytes | bytearray | memoryview
 Tag = str | tuple[str, str]
 """A tag's key, for any value, or a pair of key and value."""
 
-# How long a fan-out holds the loop at a time. A ping or a small request waits no longer than this for it.
-_SLICE_S = 0.001
+Policy = Literal["keep", "drop_newest", "drop_oldest", "conflate", "disconnect"]
+
+TOO_SLOW = Closed(1013, "too slow: too much waited to be sent; connect again", "us")
+"""How a connection is closed that does not keep up. 1013 is "try again later": a client may come back at once."""
+
+# How long a flush holds the loop at a time. A ping or a small request waits no longer than this for it.
+_SLICE_NS = 1_000_000
 
 # Records taken from the registry under one lock while the targets are listed.
 _BATCH = 1000
 
-# Failures told one by one; more are only counted. A result may be logged, and a fan-out may have 100,000 targets.
-_MAX_FAILURES = 100
+# What may pile up for connections that keep up, before the loop's turn is over. Then it is flushed at once: a loop that
+# sends without ever waiting fills no memory.
+_TURN_BYTES = 8 * 2**20
 
-# Messages that may wait for a connection that cannot be written to directly (a fragmented message is under way, or
-# the library has no way to do it). More are dropped.
-_MAX_WAITING = 1000
+# Bytes given to a transport at a time.
+_WRITE_BYTES = 256 * 1024
+
+# Waiting connections are looked at this many times within the age they may reach, but not more often than the second.
+_LOOKS_PER_AGE = 8
+_SHORTEST_LOOK_S = 0.05
+
+_POLICIES: tuple[str, ...] = get_args(Policy)
+_CAUSES: tuple[Cause, ...] = ("bytes", "age", "budget", "closed")
+_DROPPED, _CONFLATED, _TOO_SLOW = range(3)
+
+
+@dataclass(frozen=True, slots=True)
+class Backpressure:
+    """What happens to a connection whose peer reads more slowly than messages to it arrive.
+
+    The limits are judged only while something waits for the peer: a burst to connections that keep up passes no limit.
+
+    Attributes:
+        max_bytes: of frames that may wait for one connection, in its outbox and in its transport together.
+        max_age_s: how long they may wait.
+        policy: what to do beyond that.
+
+            ``disconnect``
+                Close the connection with ``code`` and ``reason``. What waited is dropped.
+            ``drop_newest``
+                Drop new messages until what waits has sunk to ``resume_below``. Beyond the age, drop what is too old.
+            ``drop_oldest``
+                Drop the oldest until what waits, with the new message, has sunk to ``resume_below``; and what is too old.
+            ``conflate``
+                A message with a ``key`` replaces one with the same key that has not left yet, in its place. For the rest,
+                as ``drop_oldest``.
+            ``keep``
+                Drop nothing for one connection's limits: only ``max_total_bytes`` holds.
+        resume_below: where dropping ends, as a share of ``max_bytes``. Also where a ``send`` that waits goes on.
+        max_total_bytes: that all connections of the manager may make it keep: frames, each counted once however many
+            outboxes it is in; the outboxes; and what transports hold. Beyond it, those for whom most waits lose what
+            waits, or are disconnected if the policy drops nothing or if that is not enough.
+        code, reason: of the close frame. 1013 is "try again later".
+
+    A frame on its way is never cut off in the middle, and a single message always fits an empty outbox, however long.
+    """
+
+    max_bytes: int = 2**20
+    max_age_s: float = 30.0
+    policy: Policy = "disconnect"
+    resume_below: float = 0.5
+    max_total_bytes: int = 256 * 2**20
+    code: int = TOO_SLOW.code
+    reason: str = TOO_SLOW.reason
+
+    def __post_init__(self) -> None:
+        if self.policy not in _POLICIES:
+            raise InvalidSetting("backpressure.policy", self.policy, ", ".join(map(repr, _POLICIES)))
+        if not self.max_bytes >= 1:
+            raise InvalidSetting("backpressure.max_bytes", self.max_bytes, "1 or more")
+        if not 0 < self.max_age_s < 1e9:
+            raise InvalidSetting("backpressure.max_age_s", self.max_age_s, "more than 0, and less than 10**9")
+        if not 0 <= self.resume_below <= 1:
+            raise InvalidSetting("backpressure.resume_below", self.resume_below, "from 0 to 1")
+        if not self.max_total_bytes >= 1:
+            raise InvalidSetting("backpressure.max_total_bytes", self.max_total_bytes, "1 or more")
 
 
 @dataclass(frozen=True, slots=True)
 class BroadcastResult:
-    """What became of a broadcast. ``targets == sent + queued + dropped + failed``.
+    """What has become of a broadcast so far. ``targets == sent + queued + dropped + failed``.
 
     Attributes:
         targets: connections that matched.
         sent: taken by the kernel as a whole.
-        queued: accepted, but waiting in this process for the peer.
-        dropped: not sent, because the connection was closing or left before its turn, or too much waited for it.
-        failed: the library raised.
-        seconds: from the call to the end of the fan-out.
-        failures: client id and exception of the first 100 that failed.
+        queued: accepted, but waiting: for the peer, or, with ``broadcast_nowait``, for the end of the loop's turn.
+        dropped: not sent, because the connection is closing, was never attached, left meanwhile, or is too slow.
+        failed: the socket refused it; the connection is broken.
+        seconds: from the call to its end.
+        displaced: older messages that were dropped, or replaced, to make room for this one.
+        disconnected: connections that were given up as too slow when this message came. They are among *dropped*.
     """
 
     targets: int
@@ -78,56 +155,17 @@ class BroadcastResult:
     dropped: int
     failed: int
     seconds: float
-    failures: tuple[tuple[str, Exception], ...] = ()
+    displaced: int = 0
+    disconnected: int = 0
 
 
-class _FanOut:
-    """One message and those who are still owed it.
+@dataclass(frozen=True, slots=True)
+class Undelivered:
+    """What waited for a connection and could not be delivered: messages, and bytes of frames."""
 
-    A fan-out that is between two slices can be asked to give up a single record out of turn, so that a later message
-    to the same connection need not wait for the whole fan-out and cannot overtake it either.
-    """
-
-    __slots__ = ("_early", "_position", "_records", "dropped", "failed", "failures", "out", "queued", "sent", "started")
-
-    def __init__(self, out: Outgoing, records: list[ConnectionMeta]) -> None:
-        self.out = out
-        self.started = perf_counter()
-        self.sent = self.queued = self.dropped = self.failed = 0
-        self.failures: list[tuple[str, Exception]] = []
-        self._records = records
-        self._position = 0
-        # The records from the position on that were not given up; made only if somebody asks out of turn.
-        self._early: dict[ConnectionMeta, bool] | None = None
-
-    def next(self) -> ConnectionMeta | None:
-        """The next record that is owed the message, or None at the end."""
-        while self._position < len(self._records):
-            record = self._records[self._position]
-            self._position += 1
-            if self._early is None or self._early.pop(record, False):
-                return record
-        return None
-
-    def give_up(self, record: ConnectionMeta) -> bool:
-        """Whether *record* was owed the message until now; the caller has to deliver it.
-
-        Cost: O(1), but O(records left) for the first question.
-        """
-        if self._early is None:
-            self._early = dict.fromkeys(self._records[self._position :], True)
-        return self._early.pop(record, False)
-
-    def result(self) -> BroadcastResult:
-        return BroadcastResult(
-            targets=len(self._records),
-            sent=self.sent,
-            queued=self.queued,
-            dropped=self.dropped,
-            failed=self.failed,
-            seconds=perf_counter() - self.started,
-            failures=tuple(self.failures),
-        )
+    client_id: str
+    messages: int
+    nbytes: int
 
 
 class Delivery:
@@ -135,44 +173,128 @@ class Delivery:
 
     Args:
         registry: of the connections.
+        events: where drops and failures are published.
         max_message_bytes: longest message, in bytes of payload.
+        backpressure: what happens to slow connections.
+        threads: that write to sockets, the loop's own included.
+        give_up: called with the record of a connection that is too slow, to disconnect it.
 
     Threads: the event loop's only.
     """
 
-    def __init__(self, registry: Registry, *, max_message_bytes: int) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        events: EventBus,
+        *,
+        max_message_bytes: int,
+        backpressure: Backpressure,
+        threads: int,
+        give_up: Callable[[ConnectionMeta, bool], object],
+    ) -> None:
         self._registry = registry
+        self._events = events
         self._max_message_bytes = max_message_bytes
-        # Fan-outs between two slices, oldest first.
-        self._unfinished: list[_FanOut] = []
-        # Messages for connections that cannot be written to directly, each list with the task that works it off.
-        self._waiting: dict[ConnectionMeta, _Waiting] = {}
+        self._low_bytes = int(backpressure.max_bytes * backpressure.resume_below)
+        self._policy = backpressure.policy
+        self._look_s = max(_SHORTEST_LOOK_S, backpressure.max_age_s / _LOOKS_PER_AGE)
+        self._give_up = give_up
+        self._fanout = Fanout(
+            self._writable,
+            policy=_POLICIES.index(backpressure.policy),
+            max_bytes=backpressure.max_bytes,
+            low_bytes=self._low_bytes,
+            max_age_ns=int(backpressure.max_age_s * 1e9),
+            max_total_bytes=backpressure.max_total_bytes,
+        )
+        self.threads = threads
+        # Of the registry, by the manager.
+        self._admitted = self._forgotten = 0
+        self._variants: dict[Hashable, int] = {}
+        self._flush_handle: asyncio.Handle | None = None
+        self._window: asyncio.TimerHandle | None = None
+        self._look: asyncio.TimerHandle | None = None
+        self._is_flushing = False
+        # What was queued after the last flush.
+        self._kept_bytes = 0
+        # Resolved at the end of the next flush.
+        self._flushed: asyncio.Future[None] | None = None
+        # Who waits until no more than so many bytes wait for a link.
+        self._room: dict[Link, list[tuple[int, asyncio.Future[None]]]] = {}
+        # Tasks that send by the library, which has its own flow control.
+        self._senders: set[asyncio.Task[None]] = set()
 
-    async def send(self, record: ConnectionMeta, message: Message) -> None:
-        """Send to one connection, and wait while more than the library's limit waits for the peer.
+    @property
+    def threads(self) -> int:
+        return self._fanout.helpers + 1
+
+    @threads.setter
+    def threads(self, value: int) -> None:
+        if not 1 <= value <= MAX_HELPERS + 1:
+            raise InvalidSetting("threads", value, f"from 1 to {MAX_HELPERS + 1}")
+        self._fanout.helpers = value - 1
+
+    # ---- connections
+
+    def admit(self, record: ConnectionMeta, ws: object, adapter: Adapter) -> Link:
+        """Begin with a connection: from now on, what is sent to *record* goes to *ws*."""
+        link = self._fanout.admit(record, ws, self._variant(adapter, ws))
+        self._admitted += 1
+        return link
+
+    def forget(self, link: Link) -> None:
+        """End with a connection. What waits for it is dropped."""
+        link.close()
+        self._publish()
+        self._fanout.forget(link)
+        self._forgotten += 1
+        self._tell_room(link)
+
+    def waits_for(self, record: ConnectionMeta) -> tuple[int, int]:
+        """Messages and bytes that wait for a connection."""
+        link = self._fanout.get(record)
+        return (0, 0) if link is None else (link.messages + (link.is_blocked and link.messages == 0), link.bytes)
+
+    def _variant(self, adapter: Adapter, ws: object) -> int:
+        """The number of the frames that *ws* gets."""
+        framing = adapter.framing(ws)
+        if framing is None or framing.encode is None:
+            return 0
+        number = self._variants.get(framing.key)
+        if number is None:
+            if len(self._variants) + 1 >= MAX_VARIANTS:
+                return 0  # frames that are not compressed, which are always allowed
+            number = self._variants[framing.key] = self._fanout.add_variant(framing.encode)
+        return number
+
+    # ---- sending
+
+    async def send(self, record: ConnectionMeta, message: Message, key: str | None = None) -> None:
+        """Send to one connection. Returns when the kernel has the message, or, if the peer is slow, when no more than
+        ``resume_below`` waits for it.
 
         Raises:
             PeerClosed: the connection is closed, or is closing.
-            PeerFailed: the library raised something else.
+            PeerTooSlow: the message was dropped.
+            PeerFailed: the socket refused it.
             MessageTooBig, TypeError, UnicodeEncodeError: the message cannot be sent to anybody.
         """
-        out = self._outgoing(message)
-        self._settle(record)
-        ws = record.conn
-        if ws is None:
-            raise PeerClosed(record.client_id)
-        adapter = adapter_for(ws)
-        if not adapter.is_open(ws):
-            raise PeerClosed(record.client_id, *_code_and_reason(adapter, ws))
-        try:
-            in_buffer = self._write(record, adapter, ws, out)
-            if in_buffer is None:
-                await self._wait_in_line(record, out, done=asyncio.get_running_loop().create_future())
-            elif in_buffer:
-                await adapter.drain(ws)
-        except Exception as error:
-            record.failed("out")
-            raise _peer_error(record, adapter, ws, error) from error
+        encoded = self._encode(message, key)
+        link = self._fanout.get(record)
+        if link is None or not link.is_open:
+            raise _closed_error(record)
+        self._push(encoded, [record], ())
+        if encoded.pending:
+            await asyncio.sleep(0)  # the flush was scheduled before this task
+        while encoded.pending:
+            await self._next_flush()
+        if encoded.queued and link.bytes > self._low_bytes:
+            await self._wait_for_room(link, self._low_bytes)
+        if encoded.sent or encoded.queued:
+            return
+        if encoded.failed or not link.is_open:
+            raise _closed_error(record, ws_of=link)
+        raise PeerTooSlow(record.client_id)
 
     async def broadcast(
         self,
@@ -181,23 +303,18 @@ class Delivery:
         group: str | None = None,
         user: str | None = None,
         tag: Tag | None = None,
+        to: Iterable[str | ConnectionMeta] | None = None,
         exclude: Excluded = None,
+        key: str | None = None,
     ) -> BroadcastResult:
-        """Send to all who match, a slice at a time. If it is cancelled, those it has not reached get nothing.
-
-        No peer is waited for: what a slow one does not take is queued.
-        """
-        fan_out = self._begin(message, group, user, tag, exclude)
-        if self._advance(fan_out, perf_counter() + _SLICE_S):
-            return fan_out.result()
-        self._unfinished.append(fan_out)
-        try:
-            while True:
-                await asyncio.sleep(0)
-                if self._advance(fan_out, perf_counter() + _SLICE_S):
-                    return fan_out.result()
-        finally:
-            self._unfinished.remove(fan_out)
+        """Send to all who match, and wait until it has left for all who keep up."""
+        started = perf_counter()
+        encoded = self._broadcast(message, group, user, tag, to, exclude, key, None)
+        if encoded.pending:
+            await asyncio.sleep(0)
+        while encoded.pending:
+            await self._next_flush()
+        return _result(encoded, started)
 
     def broadcast_nowait(
         self,
@@ -206,176 +323,351 @@ class Delivery:
         group: str | None = None,
         user: str | None = None,
         tag: Tag | None = None,
+        to: Iterable[str | ConnectionMeta] | None = None,
         exclude: Excluded = None,
+        key: str | None = None,
+        coalesce_ms: float | None = None,
     ) -> BroadcastResult:
-        """Send to all who match before returning, however long that holds the loop."""
-        fan_out = self._begin(message, group, user, tag, exclude)
-        self._advance(fan_out, float("inf"))
-        return fan_out.result()
+        """Append to the outboxes of all who match; they are flushed at the end of the loop's turn, or of the window."""
+        started = perf_counter()
+        return _result(self._broadcast(message, group, user, tag, to, exclude, key, coalesce_ms), started)
 
-    def close(self) -> None:
-        """Drop what waits for connections that could not be written to directly."""
-        for waiting in list(self._waiting.values()):
-            waiting.task.cancel()
+    def _broadcast(
+        self,
+        message: Message,
+        group: str | None,
+        user: str | None,
+        tag: Tag | None,
+        to: Iterable[str | ConnectionMeta] | None,
+        exclude: Excluded,
+        key: str | None,
+        coalesce_ms: float | None,
+    ) -> Encoded:
+        encoded = self._encode(message, key)
+        excluded = self._records(exclude, "exclude")
+        if to is not None:
+            if not (group is None and user is None and tag is None):
+                raise TypeError("to= cannot be combined with group=, user= or tag=")
+            records = self._records(to, "to")
+        else:
+            records = self._matching(group, user, tag)
+        if coalesce_ms is not None and not 0 <= coalesce_ms <= 60_000:
+            raise InvalidSetting("coalesce", coalesce_ms, "from 0 to 60000 milliseconds")
+        self._push(encoded, records, excluded, coalesce_ms)
+        return encoded
 
-    def _outgoing(self, message: Message) -> Outgoing:
-        out = Outgoing(message)
-        if len(out.payload) > self._max_message_bytes:
-            raise MessageTooBig(len(out.payload), self._max_message_bytes)
-        return out
+    def _matching(self, group: str | None, user: str | None, tag: Tag | None) -> list[ConnectionMeta] | None:
+        """The records that match; None for those of all links, which is the same as everybody if nobody but the manager
+        has added and removed."""
+        if group is None and user is None and tag is None:
+            adds, removes = self._registry.changes()
+            if adds == self._admitted and removes == self._forgotten:
+                return None
+        records: list[ConnectionMeta] = []
+        for batch in self._registry.batches(_BATCH, group=group, user=user, tag=tag):
+            records += batch
+        return records
 
-    def _begin(
-        self, message: Message, group: str | None, user: str | None, tag: Tag | None, exclude: Excluded
-    ) -> _FanOut:
-        out = self._outgoing(message)
-        records = [
-            record for batch in self._registry.batches(_BATCH, group=group, user=user, tag=tag) for record in batch
-        ]
-        ids, excluded = _sorted_out(exclude)
-        if excluded:
-            records = [record for record in records if record not in excluded]
-        if ids:
-            records = [record for record in records if record.client_id not in ids]
-        return _FanOut(out, records)
+    def _encode(self, message: Message, key: str | None) -> Encoded:
+        if isinstance(message, str):
+            payload: bytes | bytearray = message.encode()
+        elif isinstance(message, (bytes, bytearray)):
+            payload = message
+        elif isinstance(message, memoryview):
+            payload = message.tobytes()
+        else:
+            raise TypeError(f"message must be str or bytes-like, not {type(message).__name__}")
+        if len(payload) > self._max_message_bytes:
+            raise MessageTooBig(len(payload), self._max_message_bytes)
+        if key is not None and not isinstance(key, str):
+            raise TypeError(f"key must be str or None, not {type(key).__name__}")
+        return self._fanout.message(payload, isinstance(message, str), monotonic_ns(), key)
 
-    def _advance(self, fan_out: _FanOut, until: float) -> bool:
-        """Deliver until the end, which gives True, or until the clock says *until*."""
-        while (record := fan_out.next()) is not None:
-            if self._unfinished:
-                self._settle(record, before=fan_out)
-            self._deliver(fan_out, record)
-            if perf_counter() >= until:
-                return False
-        return True
+    def _records(self, wanted: Excluded, argument: str) -> list[ConnectionMeta]:
+        """The attached records in *wanted*, each once; ids that nobody has are left out."""
+        if wanted is None:
+            return []
+        items: Iterable[Any] = (wanted,) if isinstance(wanted, str) or hasattr(wanted, "client_id") else wanted
+        records: dict[ConnectionMeta, None] = {}
+        for item in items:
+            record = self._registry.get(item) if isinstance(item, str) else item
+            if record is not None and not hasattr(record, "client_id"):
+                raise TypeError(f"{argument} must hold client ids and records, not {type(record).__name__}")
+            if record is not None and record.registry is self._registry:
+                records[record] = None
+        return list(records)
 
-    def _settle(self, record: ConnectionMeta, before: _FanOut | None = None) -> None:
-        """Hand over what unfinished fan-outs, those older than *before*, still owe *record*."""
-        for fan_out in self._unfinished:
-            if fan_out is before:
-                return
-            if fan_out.give_up(record):
-                self._deliver(fan_out, record)
+    def _push(
+        self,
+        encoded: Encoded,
+        records: list[ConnectionMeta] | None,
+        excluded: Iterable[ConnectionMeta],
+        coalesce_ms: float | None = None,
+    ) -> None:
+        """Append to all outboxes, and see to it that they will be flushed."""
+        fanout = self._fanout
+        fanout.wants_reports = self._events.wants(MessagesDropped) or self._events.wants(MessageConflated)
+        strangers = fanout.push(encoded, records, excluded, coalesce_ms is not None)
+        if strangers:
+            encoded.miss(len(strangers if not excluded else set(strangers).difference(excluded)))
+        if coalesce_ms is not None:
+            self._open_window(coalesce_ms / 1000)
+        if fanout.in_line:
+            self._schedule()
+        if fanout.has_reports:
+            self._publish()
+        if fanout.is_over or fanout.queued_bytes - self._kept_bytes > _TURN_BYTES:
+            self._make_room()
 
-    def _deliver(self, fan_out: _FanOut, record: ConnectionMeta) -> None:
-        """Hand the message of *fan_out* to one connection, and note in it how that went."""
-        ws = record.conn
-        if ws is None:
-            fan_out.dropped += 1
+    def _make_room(self) -> None:
+        """Too much is kept. Perhaps it only waits for the end of the turn; if not, those who are slow must give."""
+        fanout = self._fanout
+        if self._is_flushing:
+            return
+        fanout.end_window()
+        while fanout.in_line:
+            self._flush(None)
+        if fanout.is_over:
+            fanout.shed(monotonic_ns())
+            self._publish()
+
+    # ---- flushing
+
+    def _schedule(self) -> None:
+        if self._flush_handle is None:
+            self._flush_handle = asyncio.get_running_loop().call_soon(self._flush)
+
+    def _open_window(self, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        if self._window is not None and self._window.when() > until:
+            self._window.cancel()
+            self._window = None
+        if self._window is None:
+            self._window = loop.call_at(until, self._end_window)
+
+    def _end_window(self) -> None:
+        self._window = None
+        self._fanout.end_window()
+        self._flush()
+
+    def _writable(self, link: Link) -> None:
+        """The core's message that a link that waited need not wait any longer."""
+        if link.messages:
+            self._schedule()
+        self._tell_room(link)
+
+    def _flush(self, slice_ns: int | None = _SLICE_NS) -> None:
+        """Send what is in line, for a slice of time or all of it."""
+        if self._flush_handle is not None:
+            self._flush_handle.cancel()
+            self._flush_handle = None
+        fanout, self._is_flushing = self._fanout, True
+        try:
+            for link, what, detail in fanout.flush(monotonic_ns(), slice_ns if slice_ns is not None else 10**15):
+                self._finish(link, what, detail)
+        finally:
+            self._is_flushing = False
+            self._kept_bytes = fanout.queued_bytes
+            if fanout.in_line:
+                self._schedule()
+            if self._flushed is not None and not self._flushed.done():
+                self._flushed.set_result(None)
+            self._flushed = None
+        if fanout.has_reports:
+            self._publish()
+        if self._look is None and fanout.has_waiting:
+            self._look = asyncio.get_running_loop().call_later(self._look_s, self._look_at_waiting)
+
+    async def _next_flush(self) -> None:
+        if self._flushed is None:
+            self._flushed = asyncio.get_running_loop().create_future()
+        self._schedule()
+        await asyncio.shield(self._flushed)
+
+    def _finish(self, link: Link, what: int, detail: Any) -> None:
+        """Do for one connection what the core has left to do."""
+        record, ws = link.record, link.ws
+        if record is None:
             return
         try:
             adapter = adapter_for(ws)
-            if not adapter.is_open(ws):
-                fan_out.dropped += 1
-                return
-            in_buffer = self._write(record, adapter, ws, fan_out.out)
-            if in_buffer is False:
-                fan_out.sent += 1
-            elif in_buffer or self._join_line(record, fan_out.out):
-                fan_out.queued += 1
+            if what == FAILED:
+                raise OSError(detail, os.strerror(detail))
+            if what == REST:
+                self._wait_for_transport(link, ws, adapter, adapter.write(ws, detail))
             else:
-                fan_out.dropped += 1
+                self._write_through(link, ws, adapter)
         except Exception as error:
-            record.failed("out")
-            fan_out.failed += 1
-            if len(fan_out.failures) < _MAX_FAILURES:
-                fan_out.failures.append((record.client_id, error))
+            self._fail(link, error)
 
-    def _write(self, record: ConnectionMeta, adapter: Adapter, ws: object, out: Outgoing) -> bool | None:
-        """Write at once: whether something waits in the buffer now, or None if the message has to wait in line."""
-        if record in self._waiting:
-            return None
-        written = adapter.send_nowait(ws, out)
-        if written is None:
-            return None
-        if not adapter.counts_sent(ws):
-            record.sent(len(out.payload))
-        return not written
-
-    def _join_line(self, record: ConnectionMeta, out: Outgoing, done: asyncio.Future[None] | None = None) -> bool:
-        """Let *out* wait for its turn at *record*; False if too much waits there."""
-        waiting = self._waiting.get(record)
-        if waiting is None:
-            waiting = self._waiting[record] = _Waiting()
-            waiting.task = asyncio.get_running_loop().create_task(self._work_off(record, waiting))
-        elif len(waiting.messages) >= _MAX_WAITING and done is None:
-            return False
-        waiting.messages.append((out, done))
-        return True
-
-    async def _wait_in_line(self, record: ConnectionMeta, out: Outgoing, done: asyncio.Future[None]) -> None:
-        # The sender waits, and holds itself back by that: its message is not dropped for want of room.
-        self._join_line(record, out, done)
-        await done
-
-    async def _work_off(self, record: ConnectionMeta, waiting: _Waiting) -> None:
+    def _write_through(self, link: Link, ws: object, adapter: Adapter) -> None:
+        if not adapter.is_open(ws):
+            link.close()
+            return
+        if adapter.framing(ws) is None or adapter.is_fragmenting(ws):
+            self._send_by_library(link, ws, adapter)
+            return
+        in_buffer = adapter.buffered(ws)
+        if in_buffer:
+            self._wait_for_transport(link, ws, adapter, in_buffer)
+            return
+        link.is_sure()
+        data, frames = link.peek(_WRITE_BYTES)
         try:
-            while waiting.messages:
-                # It stays in line until it is sent: if this task is cancelled, its sender has to be told, too.
-                await self._send_in_turn(record, *waiting.messages[0])
-                waiting.messages.popleft()
-        finally:
-            del self._waiting[record]
-            for _, done in waiting.messages:
-                if done is not None:
-                    done.cancel()
+            in_buffer = adapter.write(ws, data)
+        except Exception:
+            link.fail(frames)
+            raise
+        link.commit(frames, in_buffer)
+        if in_buffer:
+            adapter.when_written(ws, link)
 
-    async def _send_in_turn(self, record: ConnectionMeta, out: Outgoing, done: asyncio.Future[None] | None) -> None:
-        ws = record.conn
+    def _wait_for_transport(self, link: Link, ws: object, adapter: Adapter, in_buffer: int) -> None:
+        link.block(in_buffer)
+        adapter.when_written(ws, link)
+
+    def _send_by_library(self, link: Link, ws: object, adapter: Adapter) -> None:
+        link.block(1)  # it waits for the library, however much that has
+        task = asyncio.get_running_loop().create_task(self._work_off(link, ws, adapter))
+        self._senders.add(task)
+        task.add_done_callback(self._senders.discard)
+
+    async def _work_off(self, link: Link, ws: Any, adapter: Adapter) -> None:
+        """Send what waits for a connection in the library's own way."""
         try:
-            if ws is None:
-                raise PeerClosed(record.client_id)
-            adapter = adapter_for(ws)
-            await adapter.send(ws, out)
-            if not adapter.counts_sent(ws):
-                record.sent(len(out.payload))
+            while (message := link.peek_message()) is not None:
+                link.commit(1, len(message), is_counted=adapter.counts_sent(ws))
+                await adapter.send(ws, message)
         except Exception as error:
-            if done is not None and not done.done():
-                done.set_exception(error)
-            if done is None:
-                record.failed("out")
-                logger.debug("a message that waited for %r was lost: %r", record.client_id, error)
-        else:
-            if done is not None and not done.done():
-                done.set_result(None)
+            self._fail(link, error)
+        link.writable()
+
+    def _fail(self, link: Link, error: Exception) -> None:
+        """The connection is broken."""
+        record, ws = link.record, link.ws
+        link.close()
+        if record is None:
+            return
+        record.failed("out")
+        logger.debug("sending to %r failed: %r", record.client_id, error)
+        if self._events.wants(SendFailed):
+            self._events.publish(SendFailed(record, error))
+        adapter_for(ws).abort(ws)
+
+    # ---- slow connections
+
+    def _look_at_waiting(self) -> None:
+        self._look = None
+        fanout = self._fanout
+        fanout.wants_reports = self._events.wants(MessagesDropped)
+        fanout.expire(monotonic_ns())
+        self._publish()
+        if fanout.has_waiting:
+            self._look = asyncio.get_running_loop().call_later(self._look_s, self._look_at_waiting)
+
+    def _publish(self) -> None:
+        """Tell what the core has dropped, and disconnect whom it has given up."""
+        events = self._events
+        for link, what, cause, messages, nbytes, age_s in self._fanout.take_reports():
+            record = link.record
+            if what == _CONFLATED:
+                events.publish(MessageConflated(record, nbytes, age_s))
+            elif what == _DROPPED:
+                events.publish(MessagesDropped(record, _CAUSES[cause], messages, nbytes, age_s))
+            else:
+                logger.info("%r is too slow: %d bytes waited for %.1f s", record.client_id, nbytes, age_s)
+                if events.wants(ConnectionTooSlow):
+                    events.publish(ConnectionTooSlow(record, _CAUSES[cause], messages, nbytes, age_s))
+                self._give_up(record, _CAUSES[cause] == "budget")
+
+    async def _wait_for_room(self, link: Link, most: int) -> None:
+        """Wait until no more than *most* bytes wait for a connection, or it is closed."""
+        if not link.is_open or link.bytes <= most:
+            return
+        future = asyncio.get_running_loop().create_future()
+        self._room.setdefault(link, []).append((most, future))
+        await future
+
+    def _tell_room(self, link: Link) -> None:
+        """Wake up those who wait for room, if there is."""
+        waiters = self._room.pop(link, None)
+        if waiters is None:
+            return
+        left = []
+        for most, future in waiters:
+            if link.is_open and link.bytes > most:
+                left.append((most, future))
+            elif not future.done():
+                future.set_result(None)
+        if left:
+            self._room[link] = left
+
+    # ---- the end
+
+    async def drained(self, record: ConnectionMeta, timeout_s: float) -> Undelivered | None:
+        """Wait until nothing waits for a connection; what waits for it in vain, if *timeout_s* passes before."""
+        link = self._fanout.get(record)
+        if link is None:
+            return None
+        if self._fanout.in_line:
+            await self._next_flush()
+        try:
+            async with asyncio.timeout(timeout_s):
+                while link.is_open and link.bytes:
+                    if link.is_waiting:
+                        await self._wait_for_room(link, 0)
+                    else:
+                        await self._next_flush()
+        except TimeoutError:
+            return Undelivered(record.client_id, *self.waits_for(record))
+        return None
+
+    def stats(self) -> dict[str, int]:
+        """Totals, see ``ConnectionManager.stats``."""
+        stats = self._fanout.stats()
+        dropped, too_slow = stats.pop("dropped"), stats.pop("too_slow")
+        return {
+            "writes": stats["writes"],
+            "writes_through": stats["through"],
+            "writes_blocked": stats["blocked"],
+            "writes_failed": stats["failed"],
+            "waiting": stats["waiting"],
+            "queued_bytes": stats["queued_bytes"],
+            "conflated": stats["conflated"],
+            **{f"dropped_by_{cause}": count for cause, count in zip(_CAUSES, dropped, strict=True)},
+            **{f"too_slow_by_{cause}": count for cause, count in zip(_CAUSES[:3], too_slow, strict=False)},
+        }
+
+    def close(self) -> None:
+        """End all background work. The connections have been forgotten."""
+        for handle in (self._flush_handle, self._window, self._look):
+            if handle is not None:
+                handle.cancel()
+        for task in self._senders:
+            task.cancel()
+        self._fanout.close()
 
 
-class _Waiting:
-    """Messages in line for one connection, with the future of the sender that waits for each, if any."""
-
-    __slots__ = ("messages", "task")
-
-    def __init__(self) -> None:
-        self.messages: deque[tuple[Outgoing, asyncio.Future[None] | None]] = deque()
-        self.task: asyncio.Task[None]
-
-
-def _sorted_out(exclude: Excluded) -> tuple[set[str], set[ConnectionMeta]]:
-    """The ids and the records in *exclude*."""
-    ids: set[str] = set()
-    records: set[ConnectionMeta] = set()
-    if exclude is None:
-        return ids, records
-    items: Iterable[Any] = (exclude,) if isinstance(exclude, str) or hasattr(exclude, "client_id") else exclude
-    for item in items:
-        if isinstance(item, str):
-            ids.add(item)
-        elif hasattr(item, "client_id"):
-            records.add(item)
-        else:
-            raise TypeError(f"exclude must hold client ids and records, not {type(item).__name__}")
-    return ids, records
+def _result(encoded: Encoded, started: float) -> BroadcastResult:
+    return BroadcastResult(
+        targets=encoded.targets,
+        sent=encoded.sent,
+        queued=encoded.queued + encoded.pending,
+        dropped=encoded.dropped,
+        failed=encoded.failed,
+        seconds=perf_counter() - started,
+        displaced=encoded.displaced,
+        disconnected=encoded.disconnected,
+    )
 
 
-def _code_and_reason(adapter: Adapter, ws: object) -> tuple[int, str]:
-    code, reason, _ = adapter.closed(ws) or Closed()
-    return code, reason
-
-
-def _peer_error(record: ConnectionMeta, adapter: Adapter, ws: object, error: Exception) -> PeerError:
-    """*error* of the library below in wsfast's terms."""
-    if isinstance(error, PeerError):
-        return error
-    closed = adapter.closed(ws)
-    if closed is not None:
-        return PeerClosed(record.client_id, closed.code, closed.reason)
-    return PeerFailed(record.client_id, error)
+def _closed_error(record: ConnectionMeta, ws_of: Link | None = None) -> PeerError:
+    """Why nothing can be sent to *record* any more."""
+    ws = record.conn if ws_of is None or ws_of.ws is None else ws_of.ws
+    if ws is None:
+        return PeerClosed(record.client_id)
+    closed = adapter_for(ws).closed(ws)
+    if closed is None:
+        return PeerFailed(record.client_id, ConnectionError("the connection broke"))
+    return PeerClosed(record.client_id, closed.code, closed.reason)

@@ -16,6 +16,7 @@
     │  └─ ManagerClosed            also RuntimeError: the manager is closed, or was never started
     └─ PeerError                   the fault of one connection; has ``client_id``
        ├─ PeerClosed               the connection is closed; has ``code`` and ``reason``
+       ├─ PeerTooSlow              the connection does not keep up, so a message to it was dropped
        └─ PeerFailed               the connection broke in another way; has ``cause``
 
 A plain wrong type is a ``TypeError`` and not part of this tree. Each class keeps its facts as fields and
@@ -36,6 +37,7 @@ __all__ = [
     "PeerClosed",
     "PeerError",
     "PeerFailed",
+    "PeerTooSlow",
     "UnknownConnection",
     "UsageError",
     "WrongThread",
@@ -220,6 +222,14 @@ class PeerClosed(PeerError):
     def __str__(self) -> str:
         with_reason = f" {_shown(self.reason)}" if self.reason else ""
         return f"connection {_shown(self.client_id)} is closed: {self.code}{with_reason}"
+
+
+class PeerTooSlow(PeerError):
+    """A message was dropped because too much waits for this connection. What is too much, and that it is dropped, is the
+    manager's ``Backpressure``."""
+
+    def __str__(self) -> str:
+        return f"connection {_shown(self.client_id)} is too slow: a message to it was dropped"
 
 
 class PeerFailed(PeerError):

@@ -32,7 +32,16 @@ from wsfast.errors import InvalidSetting
 if TYPE_CHECKING:
     from wsfast._core import ConnectionMeta
 
-__all__ = ["ConnectionClosed", "ConnectionOpened", "Event", "EventBus"]
+__all__ = [
+    "ConnectionClosed",
+    "ConnectionOpened",
+    "ConnectionTooSlow",
+    "Event",
+    "EventBus",
+    "MessageConflated",
+    "MessagesDropped",
+    "SendFailed",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +87,70 @@ class ConnectionClosed(Event):
     session: Any = field(repr=False)
     metadata: Mapping[str, Any] = field(repr=False)
     groups: frozenset[str]
+
+
+Cause = Literal["bytes", "age", "budget", "closed"]
+"""Why something that waited for a connection was given up: too many bytes wait for it, the oldest has waited too long, all
+connections together have too many, or the connection has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class MessagesDropped(Event):
+    """Messages that waited for a slow connection, or would have had to, were dropped.
+
+    Attributes:
+        conn: the connection.
+        cause: of the drop.
+        messages, nbytes: how many, and how long their payloads are together.
+        age_s: how many seconds the oldest of them has waited.
+    """
+
+    conn: ConnectionMeta
+    cause: Cause
+    messages: int
+    nbytes: int
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class MessageConflated(Event):
+    """A message that waited for a connection was replaced by a newer one with the same key.
+
+    Attributes:
+        conn: the connection.
+        nbytes: length of the payload that will not be sent.
+        age_s: how many seconds it has waited.
+    """
+
+    conn: ConnectionMeta
+    nbytes: int
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionTooSlow(Event):
+    """A connection is being disconnected because it does not keep up. ``ConnectionClosed`` follows.
+
+    Attributes:
+        conn: the connection.
+        cause: which limit was passed.
+        messages, nbytes: what waited for it, in messages, and in bytes of frames and of what its transport had.
+        age_s: how many seconds the oldest of it has waited.
+    """
+
+    conn: ConnectionMeta
+    cause: Cause
+    messages: int
+    nbytes: int
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SendFailed(Event):
+    """Writing to a connection failed; it is being cut off. ``ConnectionClosed`` follows."""
+
+    conn: ConnectionMeta
+    error: Exception
 
 
 class EventBus:

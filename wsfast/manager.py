@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
+from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, TypeVar, Unpack, cast
 
@@ -26,7 +28,7 @@ from wsfast import reference
 from wsfast._core import ConnectionMeta, Registry
 from wsfast.adapters import Closed, adapter_for
 from wsfast.connection import ConnectionStatus, Verbs
-from wsfast.delivery import BroadcastResult, Delivery, Message, Tag
+from wsfast.delivery import Backpressure, BroadcastResult, Delivery, Message, Tag, Undelivered
 from wsfast.errors import (
     DuplicateConnection,
     ForeignRecord,
@@ -39,10 +41,11 @@ from wsfast.errors import (
 from wsfast.events import ConnectionClosed, ConnectionOpened, Event, EventBus
 
 if TYPE_CHECKING:
+    from wsfast._fanout import Link
     from wsfast.adapters import Adapter
     from wsfast.delivery import Excluded
 
-__all__ = ["REPLACED", "Attachment", "Connection", "ConnectionManager", "DrainPolicy", "RecordFields"]
+__all__ = ["REPLACED", "Attachment", "CloseReport", "Connection", "ConnectionManager", "DrainPolicy", "RecordFields"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +60,14 @@ _GENERATED_ID_BYTES = 16
 
 # What asynchronous subscribers may take for their last events after the connections are closed.
 _EVENTS_GRACE_S = 1.0
+
+# More threads than this gain little: the kernel's own work for the receivers takes the other cores.
+_MOST_DEFAULT_THREADS = 4
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Connection(Verbs, ConnectionMeta):
@@ -107,6 +118,23 @@ class DrainPolicy:
             raise InvalidSetting("drain.pause_s", self.pause_s, "0 or more")
 
 
+@dataclass(frozen=True, slots=True)
+class CloseReport:
+    """How a manager's end went.
+
+    Attributes:
+        connections: that were there when it began.
+        cut_off: of them, those that had not ended in time.
+        undelivered: what waited for some of them and could not be delivered in time.
+        seconds: from the call to the end.
+    """
+
+    connections: int = 0
+    cut_off: int = 0
+    undelivered: tuple[Undelivered, ...] = ()
+    seconds: float = 0.0
+
+
 class RecordFields(TypedDict, total=False):
     """The keywords of ``Registry.add``, with their meaning there."""
 
@@ -139,6 +167,10 @@ class ConnectionManager:
             payload that no client would take (most refuse more than a few MiB) times the number of targets.
         max_queued_events: calls of asynchronous subscribers that may wait; see ``EventBus``.
         drain: how connections are sent away by :meth:`close`.
+        backpressure: what happens to connections whose peers do not keep up.
+        threads: how many threads write to sockets, the event loop's own included: at most 16. By default one for each
+            core that the process may use, but no more than 4. The others start with the first large fan-out, hold no
+            GIL, and end with the manager.
 
     Raises:
         InvalidSetting, TypeError: a setting is not what it must be.
@@ -159,9 +191,12 @@ class ConnectionManager:
         max_message_bytes: int = 16 * 2**20,
         max_queued_events: int = 10_000,
         drain: DrainPolicy = DrainPolicy(),
+        backpressure: Backpressure = Backpressure(),
+        threads: int | None = None,
     ) -> None:
         if max_message_bytes < 1:
             raise InvalidSetting("max_message_bytes", max_message_bytes, "1 or more")
+        _check_close(backpressure.code, backpressure.reason)
         if isinstance(registry, str):
             registry = _make_registry(
                 registry,
@@ -175,7 +210,15 @@ class ConnectionManager:
             raise TypeError(f"registry must be a name or a Registry, not {type(registry).__name__}")
         self._registry: Registry = registry
         self._events = EventBus(max_queued=max_queued_events)
-        self._delivery = Delivery(registry, max_message_bytes=max_message_bytes)
+        self._delivery = Delivery(
+            registry,
+            self._events,
+            max_message_bytes=max_message_bytes,
+            backpressure=backpressure,
+            threads=min(_cores(), _MOST_DEFAULT_THREADS) if threads is None else threads,
+            give_up=self._give_up,
+        )
+        self._too_slow = Closed(backpressure.code, backpressure.reason, "us")
         self._drain = drain
         self._state = "not started"
         self._thread = 0
@@ -184,7 +227,7 @@ class ConnectionManager:
         self._opened = 0
         self._closed = 0
         self._empty = asyncio.Event()
-        self._closing: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[CloseReport] | None = None
         # asyncio itself keeps only weak references to tasks.
         self._farewells: set[asyncio.Task[None]] = set()
 
@@ -192,6 +235,15 @@ class ConnectionManager:
     def registry(self) -> Registry:
         """Who is connected. Read what you like; to end a connection use :meth:`disconnect`."""
         return self._registry
+
+    @property
+    def threads(self) -> int:
+        """How many threads write to sockets. May be changed between two fan-outs."""
+        return self._delivery.threads
+
+    @threads.setter
+    def threads(self, value: int) -> None:
+        self._delivery.threads = value
 
     @property
     def events(self) -> EventBus:
@@ -223,24 +275,28 @@ class ConnectionManager:
         self._thread = threading.get_ident()
         self._state = "open"
 
-    async def close(self, timeout_s: float = 10.0) -> None:
-        """Stop accepting, close every connection, and end. Calling it again waits for the same end.
+    async def close(self, timeout_s: float = 10.0) -> CloseReport:
+        """Stop accepting, deliver what waits, close every connection, and end. Calling it again waits for the same end.
 
-        Connections are closed with the code and at the pace of the ``DrainPolicy``. Those that have not ended after
-        *timeout_s* seconds are cut off. Then every record is detached, with its ``ConnectionClosed``, and
-        asynchronous subscribers have one more second for what waits for them.
+        Each connection gets what waits for it, for up to half of *timeout_s* seconds, and is then closed; with the code
+        and at the pace of the ``DrainPolicy``. Those that have not ended after *timeout_s* seconds are cut off. Then
+        every record is detached, with its ``ConnectionClosed``, and asynchronous subscribers have one more second for
+        what waits for them.
 
         It ends also if the caller is cancelled, but then nobody waits for it.
+
+        Returns:
+            How that went, and what could not be delivered. The latter is logged as well.
         """
         if self._state == "not started":
             self._state = "closed"
         if self._closing is None:
             if self._state == "closed":
-                return
+                return CloseReport()
             self._check("close")
             self._state = "closing"
             self._closing = asyncio.get_running_loop().create_task(self._close(timeout_s))
-        await asyncio.shield(self._closing)
+        return await asyncio.shield(self._closing)
 
     def attach(self, ws: Any, client_id: str | None = None, **fields: Unpack[RecordFields]) -> Attachment:
         """Register a connection for the time of an ``async with`` block, which yields its record.
@@ -260,25 +316,31 @@ class ConnectionManager:
         """
         return Attachment(self, ws, client_id, fields)
 
-    async def send(self, target: str | ConnectionMeta, message: Message) -> None:
-        """Send a message to one connection; while its write buffer is too full, wait.
+    async def send(self, target: str | ConnectionMeta, message: Message, *, key: str | None = None) -> None:
+        """Send a message to one connection.
+
+        It leaves at the end of the loop's turn, behind all that was sent before. If the peer keeps up, this returns when
+        the kernel has the message. If not, it returns when what waits has sunk to ``Backpressure.resume_below``, so that
+        whoever sends in a loop is held back.
 
         Args:
             target: a client id or a record.
             message: ``str`` for a text frame, bytes-like for a binary one.
+            key: of the message, for the policy "conflate".
 
         Raises:
             UnknownConnection: no connection has this id.
             PeerClosed, PeerFailed: the connection is at fault.
+            PeerTooSlow: the message was dropped, because too much waits for the peer.
             MessageTooBig, TypeError, UnicodeEncodeError: the message is.
             ForeignRecord, ManagerClosed, WrongThread.
         """
         self._check("send")
-        await self._delivery.send(self._resolve(target), message)
+        await self._delivery.send(self._resolve(target), message, key)
 
-    async def send_to_user(self, user_id: str, message: Message) -> BroadcastResult:
+    async def send_to_user(self, user_id: str, message: Message, *, key: str | None = None) -> BroadcastResult:
         """Send a message to all connections of a user, which may be none. See :meth:`broadcast`."""
-        return await self.broadcast(message, user=user_id)
+        return await self.broadcast(message, user=user_id, key=key)
 
     async def broadcast(
         self,
@@ -287,18 +349,23 @@ class ConnectionManager:
         group: str | None = None,
         user: str | None = None,
         tag: Tag | None = None,
+        to: Iterable[str | ConnectionMeta] | None = None,
         exclude: Excluded = None,
+        key: str | None = None,
     ) -> BroadcastResult:
         """Send a message to everybody, or to those who match all the filters.
 
         The targets are those who match when the call begins to run. The loop gets its turn about every millisecond
-        meanwhile. Slow peers are not waited for. Messages to one connection stay in the order of the calls.
+        meanwhile. Slow peers are not waited for. Messages to one connection stay in the order of the calls. If it is
+        cancelled, the message is delivered all the same.
 
         Args:
             message: ``str`` for a text frame, bytes-like for a binary one; encoded once.
             group, user: a name; a name that nobody has gives no targets.
             tag: ``("plan", "pro")``, or ``"plan"`` for any value.
+            to: client ids and records, instead of the three filters. Ids that nobody has give no target.
             exclude: a record, a client id, or an iterable of either.
+            key: of the message, for the policy "conflate".
 
         Returns:
             How many it reached, and what went wrong with the others: that raises nothing.
@@ -306,9 +373,13 @@ class ConnectionManager:
         Raises:
             MessageTooBig, TypeError, UnicodeEncodeError: before anything was sent.
             ManagerClosed, WrongThread.
+
+        Cost: some 100 ns for each target, and what the kernel takes for it.
         """
         self._check("broadcast")
-        return await self._delivery.broadcast(message, group=group, user=user, tag=tag, exclude=exclude)
+        return await self._delivery.broadcast(
+            message, group=group, user=user, tag=tag, to=to, exclude=exclude, key=key
+        )
 
     def broadcast_nowait(
         self,
@@ -317,11 +388,30 @@ class ConnectionManager:
         group: str | None = None,
         user: str | None = None,
         tag: Tag | None = None,
+        to: Iterable[str | ConnectionMeta] | None = None,
         exclude: Excluded = None,
+        key: str | None = None,
+        coalesce: float | None = None,
     ) -> BroadcastResult:
-        """:meth:`broadcast` without ``await``: all is handed over before it returns, however long that takes."""
+        """:meth:`broadcast` without ``await``: the message is queued, and leaves at the end of the loop's turn.
+
+        All messages of a turn to one connection leave together, with one system call: many small broadcasts cost little
+        more than one.
+
+        Args:
+            coalesce: milliseconds to wait for more, instead of to the end of the turn. Whatever is sent to a connection
+                meanwhile takes what waits for it along.
+
+        Returns:
+            What was queued and dropped; nothing is sent yet.
+
+        Raises: as for :meth:`broadcast`, and
+            InvalidSetting: *coalesce* is not from 0 to 60,000.
+        """
         self._check("broadcast_nowait")
-        return self._delivery.broadcast_nowait(message, group=group, user=user, tag=tag, exclude=exclude)
+        return self._delivery.broadcast_nowait(
+            message, group=group, user=user, tag=tag, to=to, exclude=exclude, key=key, coalesce_ms=coalesce
+        )
 
     async def disconnect(self, target: str | ConnectionMeta, code: int = 1000, reason: str = "") -> None:
         """Close a connection with a close frame, and wait until it has ended and is unregistered.
@@ -359,7 +449,14 @@ class ConnectionManager:
     def stats(self) -> dict[str, int]:
         """The registry's totals (see ``Registry.stats``), and:
 
-        ``opened`` and ``closed``: connections so far; ``event_errors`` and ``events_dropped``: see ``EventBus``.
+        ``opened`` and ``closed``: connections so far. ``event_errors`` and ``events_dropped``: see ``EventBus``.
+
+        ``writes``: system calls to sockets; ``writes_through``: flushes of a connection through its transport;
+        ``writes_blocked`` and ``writes_failed``: of both, those that were not taken as a whole, and those refused.
+        ``waiting``: connections that are waited for now; ``queued_bytes``: what is kept for all connections now.
+        ``conflated``, ``dropped_by_bytes``, ``dropped_by_age``, ``dropped_by_budget``, ``dropped_by_closed``: messages
+        that were not sent, by cause. ``too_slow_by_bytes``, ``too_slow_by_age``, ``too_slow_by_budget``: connections that
+        were given up.
         """
         return {
             **cast("dict[str, int]", self._registry.stats()),
@@ -367,6 +464,7 @@ class ConnectionManager:
             "closed": self._closed,
             "event_errors": self._events.errors,
             "events_dropped": self._events.dropped,
+            **self._delivery.stats(),
         }
 
     def _check(self, call: str) -> None:
@@ -419,9 +517,15 @@ class ConnectionManager:
     def _begin(self, attachment: Attachment, record: ConnectionMeta) -> None:
         attachment.record = record
         try:
-            attachment.detach = attachment.adapter.attach(attachment.ws, record, attachment.lost)
+            attachment.link = self._delivery.admit(record, attachment.ws, attachment.adapter)
         except BaseException:
             self._registry.remove(record)
+            raise
+        try:
+            attachment.detach = attachment.adapter.attach(attachment.ws, attachment.link, attachment.lost)
+        except BaseException:
+            self._registry.remove(record)
+            self._delivery.forget(attachment.link)
             raise
         attachment.ended = False
         self._attachments[id(attachment.ws)] = attachment
@@ -431,32 +535,56 @@ class ConnectionManager:
 
     def _say_farewell(self, attachment: Attachment, closed: Closed) -> None:
         """Close the connection in the background."""
-        task = asyncio.get_running_loop().create_task(_close_quietly(attachment, closed))
+        self._run_farewell(_close_quietly(attachment, closed))
+
+    def _run_farewell(self, farewell: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(farewell)
         self._farewells.add(task)
         task.add_done_callback(self._farewells.discard)
 
-    async def _close(self, timeout_s: float) -> None:
+    def _give_up(self, record: ConnectionMeta, at_once: bool) -> None:
+        """Disconnect a connection that is too slow; at once where its memory is needed."""
+        attachment = self._attachments.get(id(record.conn))
+        if attachment is None:
+            return
+        record.status = ConnectionStatus.CLOSING
+        if at_once:
+            attachment.adapter.abort(attachment.ws)
+            attachment.end(self._too_slow)
+        else:
+            self._say_farewell(attachment, self._too_slow)
+
+    async def _close(self, timeout_s: float) -> CloseReport:
+        started, connections = perf_counter(), len(self._attachments)
+        undelivered: list[Undelivered] = []
         try:
             async with asyncio.timeout(timeout_s):
-                await self._send_all_away(timeout_s)
+                await self._send_all_away(timeout_s, undelivered)
         except TimeoutError:
             logger.warning("cutting off %d connections that did not close in time", len(self._attachments))
         finally:
-            self._cut_off()
+            cut_off = self._cut_off()
         if self._farewells:
             await asyncio.wait(self._farewells)
         await self._events.close(_EVENTS_GRACE_S)
+        if undelivered:
+            logger.warning(
+                "closed with %d messages undelivered to %d slow connections",
+                sum(each.messages for each in undelivered),
+                len(undelivered),
+            )
+        return CloseReport(connections, cut_off, tuple(undelivered), perf_counter() - started)
 
-    async def _send_all_away(self, timeout_s: float) -> None:
+    async def _send_all_away(self, timeout_s: float, undelivered: list[Undelivered]) -> None:
         drain = self._drain
-        closed = Closed(drain.code, drain.reason, "us")
+        drained_until = asyncio.get_running_loop().time() + timeout_s / 2
         attachments = list(self._attachments.values())
         batches = range(0, len(attachments), drain.batch)
-        pause_s = min(drain.pause_s, timeout_s / 2 / max(1, len(batches)))
+        pause_s = min(drain.pause_s, timeout_s / 4 / max(1, len(batches)))
         for start in batches:
             for attachment in attachments[start : start + drain.batch]:
                 if not attachment.ended:
-                    self._say_farewell(attachment, closed)
+                    self._run_farewell(self._drain_and_close(attachment, drained_until, undelivered))
             await asyncio.sleep(pause_s)
         if self._attachments:
             self._empty.clear()
@@ -464,9 +592,20 @@ class ConnectionManager:
         if self._farewells:
             await asyncio.wait(self._farewells)
 
-    def _cut_off(self) -> None:
-        """End at once what is left, and let go of everything."""
-        for attachment in list(self._attachments.values()):
+    async def _drain_and_close(
+        self, attachment: Attachment, until: float, undelivered: list[Undelivered]
+    ) -> None:
+        timeout_s = max(0.0, until - asyncio.get_running_loop().time())
+        left = await self._delivery.drained(attachment.record, timeout_s)
+        if left is not None:
+            undelivered.append(left)
+        if not attachment.ended:
+            await _close_quietly(attachment, Closed(self._drain.code, self._drain.reason, "us"))
+
+    def _cut_off(self) -> int:
+        """End at once what is left, and let go of everything. Returns how many were left."""
+        left = list(self._attachments.values())
+        for attachment in left:
             attachment.adapter.abort(attachment.ws)
             attachment.end(Closed(self._drain.code, self._drain.reason, "us"))
         for task in self._farewells:
@@ -475,6 +614,7 @@ class ConnectionManager:
         self._registry.clear()
         self._registry.owner = None
         self._state = "closed"
+        return len(left)
 
 
 class _LastWords(TypedDict):
@@ -495,9 +635,10 @@ class Attachment:
         ended: whether it is unregistered.
     """
 
-    __slots__ = ("adapter", "client_id", "detach", "ended", "fields", "gives_way", "manager", "record", "ws")
+    __slots__ = ("adapter", "client_id", "detach", "ended", "fields", "gives_way", "link", "manager", "record", "ws")
 
     adapter: Adapter
+    link: Link
     detach: Callable[[], object]
     record: ConnectionMeta
 
@@ -547,6 +688,7 @@ class Attachment:
         if not manager._attachments:
             manager._empty.set()
         self.detach()
+        manager._delivery.forget(self.link)
         if wanted and last_words is not None:
             duration_s = (manager._registry.now_ns() - record.created_ns) / 1e9
             manager._events.publish(ConnectionClosed(record, *closed, duration_s, **last_words))

@@ -1343,6 +1343,10 @@ class _AnyRegistry(ABC):
         totals = {name: sum(shard[name] for shard in shards) for name in shards[0]}
         return totals | {"shards": self.shards} | self._indexes.counts()
 
+    def changes(self) -> tuple[int, int]:
+        stats = self.shard_stats()
+        return sum(shard["adds"] for shard in stats), sum(shard["removes"] for shard in stats)
+
     def shard_stats(self) -> list[dict[str, int]]:
         return [shard.stats() for shard in self._shards]
 

@@ -178,6 +178,10 @@ static inline void PyMem_Free(void *memory)
     free(memory);
 }
 
+#define PyMem_RawMalloc PyMem_Malloc
+#define PyMem_RawRealloc PyMem_Realloc
+#define PyMem_RawFree PyMem_Free
+
 /* ---- locks -------------------------------------------------------------------------------------------------------- */
 
 #ifdef Py_GIL_DISABLED

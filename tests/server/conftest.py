@@ -18,7 +18,7 @@ from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.server import ServerConnection
 
 from wsfast import ConnectionManager, Event, adapters
-from wsfast.adapters import Closed, Outgoing
+from wsfast.adapters import PLAIN, Closed, Framing
 from wsfast.adapters.websockets import serve
 
 DEADLINE_S = 10.0
@@ -170,17 +170,50 @@ def masked(opcode: int, payload: bytes, fin: bool = True) -> bytes:
     return head + bytes(4) + payload
 
 
-class FakeLink:
-    """A connection of a library that exists only here, to bring about what a real one does rarely."""
+def unframed(data: bytes) -> list[tuple[int, bytes]]:
+    """Opcode and payload of each frame in *data*, which holds whole server frames and nothing else."""
+    frames = []
+    while data:
+        opcode, size, head = data[0], data[1], 2
+        assert size < 128, "a server's frame is masked"
+        if size == 126:
+            size, head = int.from_bytes(data[2:4], "big"), 4
+        elif size == 127:
+            size, head = int.from_bytes(data[2:10], "big"), 10
+        assert len(data) >= head + size, "half a frame"
+        frames.append((opcode, data[head : head + size]))
+        data = data[head + size :]
+    return frames
 
-    def __init__(self) -> None:
+
+class FakeLink:
+    """A connection of a library that exists only here, to bring about what a real one does rarely.
+
+    Attributes:
+        got: messages that it was given, in order.
+        in_buffer: bytes that its transport claims to have after a write.
+        framing: of its messages; None: only its library can send.
+        gate: what the library's own ``send`` waits for.
+    """
+
+    def __init__(self, framing: Framing | None = PLAIN) -> None:
         self.got: list[str | bytes] = []
+        self.writes = 0
         self.open = True
-        self.direct = True
+        self.framing = framing
         self.raises: Exception | None = None
-        self.buffered = False
+        self.in_buffer = 0
+        self.waiting: Any = None
+        self.aborted = False
         self.gate = asyncio.Event()
         self.gate.set()
+
+    def drain(self) -> None:
+        """The transport has written everything."""
+        self.in_buffer = 0
+        waiting, self.waiting = self.waiting, None
+        if waiting is not None:
+            waiting.writable()
 
 
 class FakeAdapter:
@@ -191,7 +224,7 @@ class FakeAdapter:
     def recognises(self, ws: object) -> bool:
         return isinstance(ws, FakeLink)
 
-    def attach(self, ws: FakeLink, record: Any, lost: Callable[[], None]) -> Callable[[], None]:
+    def attach(self, ws: FakeLink, link: Any, lost: Callable[[], None]) -> Callable[[], None]:
         return lambda: None
 
     def counts_sent(self, ws: FakeLink) -> bool:
@@ -206,28 +239,38 @@ class FakeAdapter:
     def remote_address(self, ws: FakeLink) -> str:
         return ""
 
-    def send_nowait(self, ws: FakeLink, out: Outgoing) -> bool | None:
+    def framing(self, ws: FakeLink) -> Framing | None:
+        return ws.framing
+
+    def is_fragmenting(self, ws: FakeLink) -> bool:
+        return False
+
+    def buffered(self, ws: FakeLink) -> int:
+        return ws.in_buffer if ws.waiting is not None else 0
+
+    def write(self, ws: FakeLink, data: bytes) -> int:
         if ws.raises is not None:
             raise ws.raises
-        if not ws.direct:
-            return None
-        ws.got.append(out.message)
-        return not ws.buffered
+        ws.writes += 1
+        for opcode, payload in unframed(data):
+            ws.got.append(payload.decode() if opcode & 15 == 1 else payload)
+        return ws.in_buffer
 
-    async def drain(self, ws: FakeLink) -> None:
-        await ws.gate.wait()
+    def when_written(self, ws: FakeLink, link: Any) -> None:
+        ws.waiting = link
 
-    async def send(self, ws: FakeLink, out: Outgoing) -> None:
+    async def send(self, ws: FakeLink, message: str | bytes) -> None:
         await ws.gate.wait()
         if ws.raises is not None:
             raise ws.raises
-        ws.got.append(out.message)
+        ws.got.append(message)
 
     async def close(self, ws: FakeLink, code: int, reason: str) -> None:
         ws.open = False
 
     def abort(self, ws: FakeLink) -> None:
         ws.open = False
+        ws.aborted = True
 
 
 @pytest.fixture

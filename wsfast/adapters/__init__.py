@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from wsfast._core import ConnectionMeta
+    from wsfast._fanout import Link
 
-__all__ = ["Adapter", "Closed", "Outgoing", "adapter_for", "register_adapter"]
+__all__ = ["PLAIN", "Adapter", "Closed", "Framing", "adapter_for", "register_adapter"]
 
 
 class Closed(NamedTuple):
@@ -30,33 +30,28 @@ class Closed(NamedTuple):
     by: Literal["peer", "us", "network"] = "network"
 
 
-class Outgoing:
-    """One message on its way to any number of connections, encoded once.
+class Framing(NamedTuple):
+    """How data messages to a connection are put into frames.
 
-    Attributes:
-        message: as a library's ``send`` takes it: ``str`` for a text frame, ``bytes`` for a binary one.
-        payload: the same as bytes; UTF-8 for text.
-        is_text: which of the two it is.
+    Connections whose framings have equal keys get the same bytes, so a message is encoded once for all of them.
     """
 
-    __slots__ = ("is_text", "message", "payload")
+    key: Hashable
+    encode: Callable[[bytes, bool], bytes] | None = None
+    """Compresses a payload, given whether it is text, for a frame with RSV1 set (RFC 7692, 6.1); None: not compressed."""
 
-    def __init__(self, message: str | bytes | bytearray | memoryview) -> None:
-        """Raises ``UnicodeEncodeError`` for a text with a lone surrogate, ``TypeError`` for what is no message."""
-        if isinstance(message, str):
-            self.message: str | bytes = message
-            self.payload = message.encode()
-            self.is_text = True
-        elif isinstance(message, (bytes, bytearray, memoryview)):
-            # A copy of what is mutable: the caller may change it before the last connection has been written to.
-            self.message = self.payload = bytes(message)
-            self.is_text = False
-        else:
-            raise TypeError(f"message must be str or bytes-like, not {type(message).__name__}")
+
+PLAIN = Framing("plain")
+"""One frame, as RFC 6455, 5.2 has it. Allowed also for a connection that negotiated permessage-deflate: RSV1=0 says that
+a message is not compressed (RFC 7692, 6), and the compression of others is as if it had not been there."""
 
 
 class Adapter(Protocol):
     """What the manager needs of the connection objects of one library; ``ws`` is always such an object.
+
+    What is sent goes one of three ways. *Direct*: if the adapter has told the link a descriptor, and keeps the link's
+    facts, the core writes to the socket. *Through*: ``write`` is given whole frames. *By the library*: where
+    ``framing`` is None, ``send`` is given messages. The first needs ``write`` too, for what the socket did not take.
 
     Threads: all methods are called on the event loop's thread.
     """
@@ -68,21 +63,19 @@ class Adapter(Protocol):
     def recognises(self, ws: object) -> bool:
         """Whether *ws* is a connection of this library. Asked once for each type."""
 
-    def attach(self, ws: Any, record: ConnectionMeta, lost: Callable[[], None]) -> Callable[[], object]:
-        """Note that *ws* is registered as *record*.
+    def attach(self, ws: Any, link: Link, lost: Callable[[], None]) -> Callable[[], object]:
+        """Note that *ws* is registered as ``link.record``.
 
         Args:
             ws: the connection, which is open.
-            record: of the connection; report to it what the library shows of its traffic.
+            link: where to tell what happens to the connection. Its record is where to report what the library shows
+                of the traffic, but for what is written directly or by ``write``, which is counted already.
             lost: call this when the connection has ended in whatever way, soon and on the loop's thread. Calling it
                 more than once, or late, is allowed.
 
         Returns:
-            A function that undoes all this and forgets *record* and *lost*. It may be called from inside *lost*.
+            A function that undoes all this and forgets *link* and *lost*. It may be called from inside *lost*.
         """
-
-    def counts_sent(self, ws: Any) -> bool:
-        """Whether the adapter itself counts messages to this connection on its record; else the manager does."""
 
     def is_open(self, ws: Any) -> bool:
         """Whether a message may be sent: open, and nobody has begun to close it."""
@@ -93,19 +86,26 @@ class Adapter(Protocol):
     def remote_address(self, ws: Any) -> str:
         """Where the peer is, for logs: ``host:port``, or the empty string where the library does not tell."""
 
-    def send_nowait(self, ws: Any, out: Outgoing) -> bool | None:
-        """Write one message without waiting for the peer.
+    def framing(self, ws: Any) -> Framing | None:
+        """How data messages are framed; None: only the library can do it. Asked once for each connection."""
 
-        Returns:
-            True if nothing is left in the write buffer, False if something waits there for the peer; None if nothing
-            was written, because this library, or this connection right now, can only do it with ``send``.
-        """
+    def is_fragmenting(self, ws: Any) -> bool:
+        """Whether a fragmented message is under way, so that no frame of another may be written."""
 
-    async def drain(self, ws: Any) -> None:
-        """Wait until the write buffer, into which ``send_nowait`` wrote, has gone below the library's limit."""
+    def buffered(self, ws: Any) -> int:
+        """Bytes in the transport's write buffer."""
 
-    async def send(self, ws: Any, out: Outgoing) -> None:
-        """Write one message in the library's own way and with its own flow control."""
+    def write(self, ws: Any, data: bytes) -> int:
+        """Hand bytes of frames to the transport without waiting; returns how many bytes are then in its buffer."""
+
+    def when_written(self, ws: Any, link: Link) -> None:
+        """Call ``link.writable()`` on the loop's thread once the transport's write buffer is empty; at once if it is."""
+
+    def counts_sent(self, ws: Any) -> bool:
+        """Whether the adapter itself counts the messages that go through ``send`` on the record."""
+
+    async def send(self, ws: Any, message: str | bytes) -> None:
+        """Send one message in the library's own way and with its own flow control."""
 
     async def close(self, ws: Any, code: int, reason: str) -> None:
         """Close with a close frame, and wait until the connection has ended, for as long as the library does."""

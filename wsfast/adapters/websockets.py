@@ -15,9 +15,14 @@ What passes between the opening handshake and the registration is counted too, o
 A connection of the library's own ``serve`` can be attached as well. Then the messages that the manager sends are
 counted, and the handler may report the others with ``conn.received`` and ``conn.sent``.
 
-How it is done: the connection and its protocol are given subclasses that override documented methods (``data_received``
-and ``connection_lost`` of asyncio protocols, ``send_text``, ``send_binary`` and ``send_continuation`` of the sans-I/O
-protocol) and ``process_event``. Nothing is wrapped per instance, so no reference cycle is added.
+How it is done: the connection and its protocol are given subclasses that override documented methods (``data_received``,
+``connection_lost``, ``pause_writing`` and ``resume_writing`` of asyncio protocols, ``send_text``, ``send_binary``,
+``send_continuation`` and ``state`` of the sans-I/O protocol), ``process_event`` and ``send_data``. Nothing is wrapped per
+instance, so no reference cycle is added.
+
+These callbacks also tell the core when it may write to the socket itself: while the connection is open, not in the middle
+of a fragmented message, and nothing waits in the transport. A connection of the library's own ``serve`` gets the same
+frames through its transport.
 """
 
 from __future__ import annotations
@@ -27,17 +32,18 @@ import contextlib
 import functools
 import inspect
 import logging
+import socket
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from websockets.asyncio import server as _library
 from websockets.asyncio.server import Server, ServerConnection
-from websockets.exceptions import ProtocolError
-from websockets.frames import DATA_OPCODES, Frame
-from websockets.protocol import OPEN
+from websockets.extensions.permessage_deflate import PerMessageDeflate
+from websockets.frames import DATA_OPCODES, Frame, Opcode
+from websockets.protocol import OPEN, State
 from websockets.server import ServerProtocol
 
-from wsfast.adapters import Closed, Outgoing
+from wsfast.adapters import PLAIN, Closed, Framing
 from wsfast.errors import (
     DuplicateConnection,
     InvalidName,
@@ -49,6 +55,7 @@ from wsfast.errors import (
 
 if TYPE_CHECKING:
     from wsfast._core import ConnectionMeta
+    from wsfast._fanout import Link
     from wsfast.manager import ConnectionManager
 
 __all__ = ["ADAPTER", "serve", "unix_serve"]
@@ -74,17 +81,20 @@ class WebsocketsAdapter:
     def recognises(self, ws: object) -> bool:
         return isinstance(ws, ServerConnection)
 
-    def attach(self, ws: ServerConnection, record: ConnectionMeta, lost: Callable[[], None]) -> Callable[[], object]:
+    def attach(self, ws: ServerConnection, link: Link, lost: Callable[[], None]) -> Callable[[], object]:
         if isinstance(ws, _ManagedMixin):
-            ws.wsfast_traffic.begin(record, lost)
+            ws.wsfast_traffic.begin(link, lost)
+            if _is_plain_socket(ws):
+                link.direct(ws.transport.get_extra_info("socket").fileno())
+            if ws.transport.get_write_buffer_size():
+                link.wrote()
+            if ws.protocol.expect_continuation_frame:
+                link.fragment(True)
             return ws.wsfast_traffic.end
         # The library tells nobody else when a connection ends: a handler that does not read would never notice.
         watcher = asyncio.get_running_loop().create_task(ws.wait_closed())
         watcher.add_done_callback(lambda _: lost())
         return watcher.cancel
-
-    def counts_sent(self, ws: ServerConnection) -> bool:
-        return isinstance(ws, _ManagedMixin)
 
     def is_open(self, ws: ServerConnection) -> bool:
         return ws.protocol.state is OPEN and not ws.transport.is_closing()
@@ -105,22 +115,43 @@ class WebsocketsAdapter:
         host, port = address[:2]
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    def send_nowait(self, ws: ServerConnection, out: Outgoing) -> bool | None:
-        try:
-            if out.is_text:
-                ws.protocol.send_text(out.payload)
-            else:
-                ws.protocol.send_binary(out.payload)
-        except ProtocolError:  # a fragmented message is under way: nothing may come between its fragments
+    def framing(self, ws: ServerConnection) -> Framing | None:
+        extensions = ws.protocol.extensions
+        if not extensions:
+            return PLAIN
+        if len(extensions) > 1 or type(extensions[0]) is not PerMessageDeflate:
             return None
-        ws.send_data()
-        return ws.transport.get_write_buffer_size() == 0
+        deflate = extensions[0]
+        if not deflate.local_no_context_takeover:
+            return PLAIN
+        bits, settings = deflate.local_max_window_bits, deflate.compress_settings
+        return Framing(
+            ("permessage-deflate", bits, *sorted(settings.items())), functools.partial(_deflate, bits, settings)
+        )
 
-    async def drain(self, ws: ServerConnection) -> None:
-        await ws.drain()
+    def is_fragmenting(self, ws: ServerConnection) -> bool:
+        return ws.protocol.expect_continuation_frame
 
-    async def send(self, ws: ServerConnection, out: Outgoing) -> None:
-        await ws.send(out.message)
+    def buffered(self, ws: ServerConnection) -> int:
+        return ws.transport.get_write_buffer_size()
+
+    def write(self, ws: ServerConnection, data: bytes) -> int:
+        ws.transport.write(data)
+        return ws.transport.get_write_buffer_size()
+
+    def when_written(self, ws: ServerConnection, link: Link) -> None:
+        _await_empty_buffer(ws)
+        if ws.transport.get_write_buffer_size() == 0:
+            link.writable()
+        elif not isinstance(ws, _ManagedMixin):
+            # Kept alive by the waiter that it adds to the connection.
+            asyncio.get_running_loop().create_task(_tell_when_written(ws, link))
+
+    def counts_sent(self, ws: ServerConnection) -> bool:
+        return isinstance(ws, _ManagedMixin)
+
+    async def send(self, ws: ServerConnection, message: str | bytes) -> None:
+        await ws.send(message)
 
     async def close(self, ws: ServerConnection, code: int, reason: str) -> None:
         await ws.close(code, reason)
@@ -130,6 +161,54 @@ class WebsocketsAdapter:
 
 
 ADAPTER = WebsocketsAdapter()
+
+
+def _deflate(bits: int, settings: Mapping[str, Any], payload: bytes, is_text: bool) -> bytes:
+    """What the library would send, by the library itself: without context takeover it depends on nothing else."""
+    extension = PerMessageDeflate(True, True, bits, bits, dict(settings))
+    return bytes(extension.encode(Frame(Opcode.TEXT if is_text else Opcode.BINARY, payload)).data)
+
+
+# ---- when a transport has written everything -------------------------------------------------------------------------
+
+
+def _is_plain_socket(ws: ServerConnection) -> bool:
+    """Whether what is written to the socket itself is what the peer reads, and in order."""
+    transport = ws.transport
+    sock = transport.get_extra_info("socket")
+    return (
+        sock is not None
+        and transport.get_extra_info("ssl_object") is None
+        and sock.type & socket.SOCK_STREAM != 0
+        and sock.fileno() >= 0
+    )
+
+
+def _await_empty_buffer(ws: ServerConnection) -> None:
+    """Make the transport call ``pause_writing`` now, if anything is in its buffer, and ``resume_writing`` once it is empty.
+
+    That is the only way to learn of it. The library's own writers wait meanwhile, as for any slow peer.
+    """
+    # With a high-water mark of 0, asyncio's TLS transport takes an empty buffer for a full one.
+    high = 0 if ws.transport.get_extra_info("ssl_object") is None else 1
+    ws.transport.set_write_buffer_limits(high=high, low=0)
+
+
+def _restore_limits(ws: Any) -> None:
+    """Give the transport the limits that the user has chosen."""
+    limits = ws.write_limit if hasattr(ws, "write_limit") else (ws.write_limit_high, ws.write_limit_low)
+    ws.transport.set_write_buffer_limits(*limits)
+
+
+async def _tell_when_written(ws: ServerConnection, link: Link) -> None:
+    with contextlib.suppress(Exception):  # the connection has ended: whoever attached it is told so
+        while ws.transport.get_write_buffer_size():
+            await (ws.drain() if ws.paused else asyncio.sleep(0.01))
+        _restore_limits(ws)
+    link.writable()
+
+
+# ---- a server that knows its connections -----------------------------------------------------------------------------
 
 
 def serve(
@@ -225,10 +304,11 @@ class _Traffic:
     Traffic is counted on the record, or here until there is one.
     """
 
-    __slots__ = ("bytes_in", "bytes_out", "lost", "messages_in", "messages_out", "record")
+    __slots__ = ("bytes_in", "bytes_out", "link", "lost", "messages_in", "messages_out", "record")
 
     def __init__(self) -> None:
         self.record: ConnectionMeta | None = None
+        self.link: Link | None = None
         self.lost: Callable[[], None] | None = None
         self.messages_in = self.bytes_in = self.messages_out = self.bytes_out = 0
 
@@ -239,15 +319,16 @@ class _Traffic:
             self.bytes_in += nbytes
             self.messages_in += messages
 
-    def sent(self, nbytes: int, messages: int) -> None:
+    def sent(self, nbytes: int, fin: bool) -> None:
         if self.record is not None:
-            self.record.sent(nbytes, messages)
+            self.record.sent(nbytes, int(fin))
         else:
             self.bytes_out += nbytes
-            self.messages_out += messages
+            self.messages_out += fin
 
-    def begin(self, record: ConnectionMeta, lost: Callable[[], None]) -> None:
-        self.record = record
+    def begin(self, link: Link, lost: Callable[[], None]) -> None:
+        self.link = link
+        self.record = record = link.record
         self.lost = lost
         if self.messages_in or self.bytes_in:
             record.received(self.bytes_in, self.messages_in)
@@ -257,25 +338,40 @@ class _Traffic:
     def end(self) -> None:
         # The record stays: detached, it counts nothing and holds nothing, and a handler that goes on a little longer
         # than its connection is told so by the record itself.
-        self.lost = None
+        self.lost = self.link = None
 
 
 class _CountingProtocol(ServerProtocol):
-    """A ``ServerProtocol`` that counts the messages it is told to send: all of them pass through here."""
+    """A ``ServerProtocol`` that counts the messages it is told to send (all of the library's pass through here), and tells
+    the link what the direct path must know: whether the connection is open, and whether a message is in fragments."""
 
     wsfast_traffic: _Traffic
 
+    @ServerProtocol.state.setter  # type: ignore[attr-defined]
+    def state(self, state: State) -> None:
+        ServerProtocol.state.fset(self, state)  # type: ignore[attr-defined]
+        link = self.wsfast_traffic.link
+        if link is not None and state is not OPEN:
+            link.close()
+
     def send_text(self, data: Any, fin: bool = True) -> None:
         super().send_text(data, fin)
-        self.wsfast_traffic.sent(_size(data), int(fin))
+        self._sent(data, fin)
 
     def send_binary(self, data: Any, fin: bool = True) -> None:
         super().send_binary(data, fin)
-        self.wsfast_traffic.sent(_size(data), int(fin))
+        self._sent(data, fin)
 
     def send_continuation(self, data: Any, fin: bool) -> None:
         super().send_continuation(data, fin)
-        self.wsfast_traffic.sent(_size(data), int(fin))
+        self._sent(data, fin)
+        if fin and self.wsfast_traffic.link is not None:
+            self.wsfast_traffic.link.fragment(False)
+
+    def _sent(self, data: Any, fin: bool) -> None:
+        self.wsfast_traffic.sent(_size(data), fin)
+        if not fin and self.wsfast_traffic.link is not None:
+            self.wsfast_traffic.link.fragment(True)
 
     def fail(self, code: Any, reason: str = "") -> None:
         # A ping was not answered, or the peer broke the protocol. The library waits for the peer to end the TCP
@@ -306,12 +402,39 @@ class _ManagedMixin(ServerConnection):
         if lost is not None and self.protocol.close_expected():
             lost()
 
+    def send_data(self) -> None:
+        super().send_data()
+        link = self.wsfast_traffic.link
+        if link is not None and self.transport.get_write_buffer_size():
+            link.wrote()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        link = self.wsfast_traffic.link
+        if link is not None:
+            link.block(self.transport.get_write_buffer_size())
+            _await_empty_buffer(self)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        link = self.wsfast_traffic.link
+        if link is None:
+            return
+        if self.transport.get_write_buffer_size():
+            _await_empty_buffer(self)
+        else:
+            _restore_limits(self)
+            link.writable()
+
     def process_event(self, event: Any) -> None:
         if isinstance(event, Frame) and event.opcode in DATA_OPCODES:
             self.wsfast_traffic.received(_size(event.data), int(event.fin))
         super().process_event(event)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        # First of all: after this call the descriptor may be another connection's.
+        if self.wsfast_traffic.link is not None:
+            self.wsfast_traffic.link.close()
         super().connection_lost(exc)
         if self.wsfast_traffic.lost is not None:
             self.wsfast_traffic.lost()

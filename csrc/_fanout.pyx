@@ -1,0 +1,631 @@
+# cython: language_level=3, freethreading_compatible=True
+"""The outboxes of one manager and their way into the sockets: the binding between the C structures and Python.
+
+It owns the Python side of references; every algorithm is in C. The contract is in wsfast/_fanout.pyi.
+"""
+
+cimport cython
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc, PyMem_RawRealloc
+from cpython.object cimport PyObject, PyObject_Hash
+from cpython.pycapsule cimport PyCapsule_Import
+from cpython.ref cimport Py_CLEAR, Py_DECREF, Py_INCREF
+from libc.errno cimport ENOMEM
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.string cimport memcpy, memset
+
+from fanout cimport *
+
+from wsfast._core import ConnectionMeta
+from wsfast.errors import InvalidSetting, LimitExceeded, WrongThread
+
+cdef extern from *:
+    """
+    #ifdef WSF_DEBUG
+    #define WSF_LIVE_COUNTERS wsf_live
+    #else
+    #define WSF_LIVE_COUNTERS NULL
+    #endif
+    """
+    int64_t *WSF_LIVE_COUNTERS
+
+__all__ = ["HAS_SOCKETS", "MAX_HELPERS", "MAX_VARIANTS", "Fanout", "Link", "Message"]
+
+HAS_SOCKETS = bool(WSF_HAS_SOCKETS)
+MAX_HELPERS = WSF_MAX_HELPERS
+MAX_VARIANTS = WSF_MAX_VARIANTS
+
+# What is left over of a flush for one link.
+THROUGH = WSF_THROUGH
+REST = WSF_REST
+FAILED = WSF_FAILED
+
+ctypedef void (*_count_native)(PyObject *record, uint64_t messages, uint64_t bytes) noexcept
+cdef _count_native _count_on_record = <_count_native>PyCapsule_Import("wsfast._core._count_sent", 0)
+
+
+cdef void _count(wsf_link *link, uint64_t messages, uint64_t bytes) noexcept:
+    if (<Link>link.handle).is_native:
+        _count_on_record(link.record, messages, bytes)
+        return
+    (<object>link.record).sent(bytes, messages)  # of somebody else's registry; what it raises is printed
+
+
+cdef void _count_nothing(wsf_link *link, uint64_t messages, uint64_t bytes) noexcept:
+    pass
+
+
+# ---- messages ----------------------------------------------------------------------------------------------------------
+
+
+@cython.final
+cdef class Message:
+    cdef wsf_message *message
+    cdef wsf_frame *frames[WSF_MAX_VARIANTS]
+    cdef Fanout fanout  # has the account
+
+    def __dealloc__(self):
+        cdef int i
+        for i in range(WSF_MAX_VARIANTS):
+            if self.frames[i] != NULL:
+                wsf_frame_release(self.frames[i])
+        if self.message != NULL:
+            wsf_message_release(self.message)
+
+    @property
+    def targets(self):
+        return self.message.tally.targets
+
+    @property
+    def pending(self):
+        return self.message.tally.pending
+
+    @property
+    def sent(self):
+        return self.message.tally.sent
+
+    @property
+    def queued(self):
+        return self.message.tally.queued
+
+    @property
+    def dropped(self):
+        return self.message.tally.dropped
+
+    @property
+    def failed(self):
+        return self.message.tally.failed
+
+    @property
+    def displaced(self):
+        return self.message.tally.displaced
+
+    @property
+    def disconnected(self):
+        return self.message.tally.disconnected
+
+    def miss(self, count):
+        self.message.tally.targets += <uint32_t>count
+        self.message.tally.dropped += <uint32_t>count
+
+    cdef int encode(self, uint32_t variant, uint8_t first_bits, object payload) except -1:
+        cdef Py_buffer view
+        PyObject_GetBuffer(payload, &view, PyBUF_SIMPLE)
+        self.frames[variant] = wsf_frame_new(self.message, first_bits, view.buf, <size_t>view.len)
+        PyBuffer_Release(&view)
+        if self.frames[variant] == NULL:
+            raise MemoryError
+        return 0
+
+
+# ---- links -------------------------------------------------------------------------------------------------------------
+
+
+@cython.final
+@cython.no_gc
+cdef class Link:
+    cdef wsf_link *link  # aligned to a cache line within `memory`
+    cdef void *memory
+    cdef PyObject *fanout  # borrowed until it is forgotten; then NULL
+    cdef PyObject *held_record  # owned until it is forgotten
+    cdef PyObject *held_ws
+    cdef readonly bint is_native
+
+    def __init__(self):
+        raise TypeError("links are made by Fanout.admit")
+
+    def __dealloc__(self):
+        PyMem_RawFree(self.memory)
+
+    def __repr__(self):
+        return f"<Link of {self.record!r}, {self.messages} messages wait>"
+
+    cdef wsf_fanout *of(self) except? NULL:
+        """The fan-out, or NULL once it has forgotten this link."""
+        if self.fanout == NULL:
+            return NULL
+        if (<Fanout>self.fanout).is_sending:
+            raise WrongThread("a change of a link")
+        return (<Fanout>self.fanout).fanout
+
+    @property
+    def record(self):
+        return None if self.held_record == NULL else <object>self.held_record
+
+    @property
+    def ws(self):
+        return None if self.held_ws == NULL else <object>self.held_ws
+
+    @property
+    def is_open(self):
+        return self.link.facts & WSF_OPEN != 0
+
+    @property
+    def is_waiting(self):
+        return self.link.facts & WSF_WAITS != 0
+
+    @property
+    def is_blocked(self):
+        return self.link.facts & WSF_BLOCKED != 0
+
+    @property
+    def is_direct(self):
+        return self.link.facts & (WSF_OPEN | WSF_DIRECT | WSF_UNSURE | WSF_WAITS) == WSF_OPEN | WSF_DIRECT
+
+    @property
+    def messages(self):
+        return self.link.outbox.count
+
+    @property
+    def bytes(self):
+        return wsf_link_bytes(self.link)
+
+    def direct(self, fd):
+        cdef int number = fd
+        cdef wsf_fanout *fanout = self.of()
+        if number < 0:
+            raise InvalidSetting("fd", fd, "an open file descriptor")
+        if fanout != NULL and WSF_HAS_SOCKETS:
+            self.link.fd = number
+            wsf_link_set(fanout, self.link, WSF_DIRECT)
+
+    def wrote(self):
+        if self.of() != NULL:
+            self.link.facts |= WSF_UNSURE
+
+    def is_sure(self):
+        if self.of() != NULL:
+            self.link.facts &= ~<uint32_t>WSF_UNSURE
+
+    def fragment(self, under_way):
+        cdef wsf_fanout *fanout = self.of()
+        if fanout == NULL:
+            return
+        if under_way:
+            wsf_link_set(fanout, self.link, WSF_FRAGMENT)
+        else:
+            wsf_link_clear(fanout, self.link, WSF_FRAGMENT)
+            (<Fanout>self.fanout).wake(self)
+
+    def block(self, in_transport):
+        cdef wsf_fanout *fanout = self.of()
+        if fanout != NULL:
+            wsf_link_block(fanout, self.link, <uint64_t>in_transport)
+
+    def writable(self):
+        cdef wsf_fanout *fanout = self.of()
+        if fanout == NULL:
+            return
+        wsf_link_clear(fanout, self.link, WSF_BLOCKED | WSF_UNSURE)
+        (<Fanout>self.fanout).wake(self)
+
+    def close(self):
+        cdef wsf_fanout *fanout = self.of()
+        if fanout != NULL:
+            wsf_link_close(fanout, self.link, WSF_BY_END)
+
+    # ---- the way through the adapter
+
+    def peek(self, max_bytes):
+        cdef wsf_outbox *outbox = &self.link.outbox
+        cdef uint64_t size = 0, most = <uint64_t>max_bytes
+        cdef uint32_t frames = 0
+        cdef wsf_frame *frame
+        cdef bytes data
+        cdef char *end
+        while frames < outbox.count:
+            frame = wsf_entry_frame(wsf_outbox_at(outbox, frames)[0])
+            if frames > 0 and size + frame.size > most:
+                break
+            size += frame.size
+            frames += 1
+        if frames == 1:
+            return _bytes_of(wsf_entry_frame(wsf_outbox_at(outbox, 0)[0])), 1
+        data = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>size)
+        end = PyBytes_AS_STRING(data)
+        for i in range(frames):
+            frame = wsf_entry_frame(wsf_outbox_at(outbox, <uint32_t>i)[0])
+            memcpy(end, frame.data, frame.size)
+            end += frame.size
+        return data, frames
+
+    def peek_message(self):
+        cdef wsf_frame *frame
+        cdef bytes payload
+        if self.link.outbox.count == 0:
+            return None
+        frame = wsf_entry_frame(wsf_outbox_at(&self.link.outbox, 0)[0])
+        payload = PyBytes_FromStringAndSize(<char *>frame.data + frame.header_size,
+                                            <Py_ssize_t>(frame.size - frame.header_size))
+        return payload.decode() if frame.data[0] & 0x0F == WSF_TEXT else payload
+
+    def commit(self, frames, in_transport, is_counted=False):
+        cdef wsf_fanout *fanout = self.of()
+        if fanout != NULL:
+            wsf_link_commit(
+                fanout, self.link, <uint32_t>frames, <uint64_t>in_transport, _count_nothing if is_counted else _count
+            )
+
+    def fail(self, frames):
+        cdef wsf_fanout *fanout = self.of()
+        if fanout != NULL:
+            wsf_link_fail(fanout, self.link, <uint32_t>frames)
+
+
+cdef bytes _bytes_of(wsf_frame *frame):
+    """The whole frame as an object, made once."""
+    cdef bytes data
+    if frame.bytes == NULL:
+        data = PyBytes_FromStringAndSize(<char *>frame.data, <Py_ssize_t>frame.size)
+        Py_INCREF(data)  # for the frame
+        frame.bytes = <PyObject *>data
+    return <bytes>frame.bytes
+
+
+# ---- the fan-out ---------------------------------------------------------------------------------------------------------
+
+
+cdef uint64_t _whole(object value, str name, int64_t least) except? 0:
+    if not isinstance(value, int):
+        raise TypeError(f"{name} must be int, not {type(value).__name__}")
+    if value < least or value > 0x7FFFFFFFFFFFFFFF:
+        raise InvalidSetting(name, value, f"{least} or more")
+    return <uint64_t>value
+
+
+@cython.final
+cdef class Fanout:
+    cdef wsf_fanout *fanout
+    cdef wsf_pool *pool
+    cdef unsigned wanted_helpers
+    cdef bint is_sending
+    cdef object wake_up  # called when a link that waited can be flushed
+    cdef list encoders  # of the variants from 1
+    cdef wsf_link **targets
+    cdef size_t target_capacity
+
+    def __cinit__(self, wake_up, *, policy, max_bytes, low_bytes, max_age_ns, max_total_bytes, helpers=0):
+        cdef wsf_limits limits
+        memset(&limits, 0, sizeof(limits))
+        limits.policy = <uint32_t>_whole(policy, "policy", 0)
+        limits.max_bytes = _whole(max_bytes, "max_bytes", 1)
+        limits.low_bytes = _whole(low_bytes, "low_bytes", 0)
+        limits.max_age_ns = <int64_t>_whole(max_age_ns, "max_age_ns", 1)
+        limits.max_total_bytes = _whole(max_total_bytes, "max_total_bytes", 1)
+        if limits.policy >= WSF_POLICIES:
+            raise InvalidSetting("policy", policy, "the number of a policy")
+        self.wanted_helpers = <unsigned>min(_whole(helpers, "helpers", 0), <uint64_t>WSF_MAX_HELPERS)
+        self.wake_up = wake_up
+        self.encoders = []
+        self.fanout = wsf_fanout_new(&limits)
+        if self.fanout == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        if self.pool != NULL:
+            with nogil:
+                wsf_pool_free(self.pool)
+        if self.fanout != NULL:
+            wsf_fanout_free(self.fanout)
+        PyMem_RawFree(self.targets)
+
+    def __repr__(self):
+        return f"<Fanout with {len(self)} links, {self.fanout.line.count} in line>"
+
+    def __del__(self):
+        for link in self.links():
+            self.forget(link)
+
+    cdef int wake(self, Link link) except -1:
+        self.wake_up(link)
+        return 0
+
+    cdef int check(self) except -1:
+        if self.is_sending:
+            raise WrongThread("a fan-out")
+        return 0
+
+    # ---- connections
+
+    def __len__(self):
+        return self.fanout.links.used
+
+    def add_variant(self, encode):
+        if len(self.encoders) + 1 >= WSF_MAX_VARIANTS:
+            raise LimitExceeded("variants of a frame", WSF_MAX_VARIANTS)
+        self.encoders.append(encode)
+        return len(self.encoders)
+
+    def admit(self, record, ws, variant=0):
+        cdef uint32_t number = <uint32_t>_whole(variant, "variant", 0)
+        cdef Link link
+        self.check()
+        if number > len(self.encoders):
+            raise InvalidSetting("variant", variant, "0, or a number that add_variant gave")
+        link = Link.__new__(Link)
+        link.memory = PyMem_RawMalloc(sizeof(wsf_link) + 63)
+        if link.memory == NULL:
+            raise MemoryError
+        link.link = <wsf_link *>((<uintptr_t>link.memory + 63) & ~<uintptr_t>63)
+        memset(link.link, 0, sizeof(wsf_link))
+        link.is_native = isinstance(record, ConnectionMeta)
+        link.link.record = <PyObject *>record
+        link.link.handle = <PyObject *>link
+        link.link.variant = number
+        link.link.fd = -1
+        if wsf_fanout_find(self.fanout, <PyObject *>record) != NULL:
+            raise ValueError(f"{record!r} has a link already")
+        if wsf_fanout_admit(self.fanout, link.link) != WSF_OK:
+            raise MemoryError
+        link.link.facts = WSF_OPEN
+        Py_INCREF(link)  # for the table
+        Py_INCREF(record)
+        Py_INCREF(ws)
+        link.held_record = <PyObject *>record
+        link.held_ws = <PyObject *>ws
+        link.fanout = <PyObject *>self
+        return link
+
+    def forget(self, Link link not None):
+        cdef wsf_fanout *fanout = link.of()
+        if fanout == NULL:
+            return
+        if fanout != self.fanout:
+            raise ValueError(f"{link!r} belongs to another fan-out")
+        wsf_link_close(fanout, link.link, WSF_BY_END)
+        wsf_fanout_forget(fanout, link.link)
+        link.fanout = NULL
+        link.link.record = NULL
+        Py_DECREF(link)  # the table's; the caller has another one
+        Py_CLEAR(link.held_ws)
+        Py_CLEAR(link.held_record)
+
+    def get(self, record):
+        cdef wsf_link *link = wsf_fanout_find(self.fanout, <PyObject *>record)
+        return None if link == NULL else <object>link.handle
+
+    def links(self):
+        return [<object>self.fanout.all[i].handle for i in range(self.fanout.links.used)]
+
+    @property
+    def has_waiting(self):
+        return self.fanout.waiting_count != 0
+
+    def waiting(self):
+        return [<object>self.fanout.waiting[i].handle for i in range(self.fanout.waiting_count)]
+
+    # ---- messages
+
+    def message(self, payload, is_text, now_ns, key=None):
+        cdef Message message = Message.__new__(Message)
+        cdef int64_t created_ns = now_ns
+        if key is not None:
+            PyObject_Hash(key)
+        message.fanout = self
+        message.message = wsf_message_new(
+            &self.fanout.account, created_ns, NULL if key is None else <PyObject *>key, <uint64_t>len(payload)
+        )
+        if message.message == NULL:
+            raise MemoryError
+        message.encode(0, WSF_TEXT if is_text else WSF_BINARY, payload)
+        return message
+
+    def push(self, Message message not None, list records, left_out=(), is_late=False):
+        cdef list strangers = []
+        cdef wsf_link **links = self.fanout.all
+        cdef uint32_t count = self.fanout.links.used
+        cdef uint32_t i
+        self.check()
+        self._leave_out(left_out)
+        if records is not None:
+            count = self._find(records, strangers)
+            links = self.targets
+        if self.encoders:
+            for i in range(count):
+                if message.frames[links[i].variant] == NULL:
+                    self._encode(message, links[i].variant)
+        wsf_fanout_push(self.fanout, links, count, message.frames, is_late)
+        return strangers
+
+    cdef int _leave_out(self, records) except -1:
+        cdef wsf_link *link
+        for record in records:
+            link = wsf_fanout_find(self.fanout, <PyObject *>record)
+            if link != NULL:
+                link.left_out_of = self.fanout.pushes + 1
+        return 0
+
+    cdef uint32_t _find(self, list records, list strangers) except? 0:
+        """The links of those records into `targets`."""
+        cdef uint32_t count = 0
+        cdef size_t room = <size_t>len(records)
+        cdef wsf_link *link
+        if room > self.target_capacity:
+            PyMem_RawFree(self.targets)
+            self.target_capacity = 0
+            self.targets = <wsf_link **>PyMem_RawMalloc(room * sizeof(wsf_link *))
+            if self.targets == NULL:
+                raise MemoryError
+            self.target_capacity = room
+        for record in records:
+            link = wsf_fanout_find(self.fanout, <PyObject *>record)
+            if link == NULL:
+                strangers.append(record)
+            else:
+                self.targets[count] = link
+                count += 1
+        return count
+
+    cdef int _encode(self, Message message, uint32_t variant) except -1:
+        cdef wsf_frame *plain = message.frames[0]
+        cdef bytes payload = PyBytes_FromStringAndSize(<char *>plain.data + plain.header_size,
+                                                       <Py_ssize_t>(plain.size - plain.header_size))
+        cdef bint is_text = plain.data[0] & 0x0F == WSF_TEXT
+        deflated = self.encoders[variant - 1](payload, is_text)
+        if message.frames[variant] == NULL:
+            message.encode(variant, (WSF_TEXT if is_text else WSF_BINARY) | WSF_RSV1, deflated)
+        return 0
+
+    # ---- flush
+
+    @property
+    def in_line(self):
+        return self.fanout.line.count
+
+    @property
+    def queued_bytes(self):
+        return self.fanout.account
+
+    @property
+    def is_over(self):
+        return wsf_fanout_is_over(self.fanout)
+
+    def end_window(self):
+        self.check()
+        wsf_fanout_end_window(self.fanout)
+
+    def flush(self, now_ns, slice_ns):
+        cdef int64_t until_ns = wsf_monotonic_ns() + <int64_t>slice_ns
+        cdef list left = []
+        self.check()
+        self.fanout.now_ns = now_ns
+        while True:
+            if wsf_fanout_plan(self.fanout) == 0:
+                return left
+            self._start_helpers()
+            self.is_sending = True
+            with nogil:
+                wsf_fanout_send(self.fanout, self.pool, until_ns)
+            self.is_sending = False
+            self._settle(left)
+            if wsf_monotonic_ns() >= until_ns:
+                return left
+
+    cdef int _start_helpers(self) except -1:
+        if self.pool == NULL and self.wanted_helpers != 0 and self.fanout.job_count >= 64:
+            self.pool = wsf_pool_new(self.wanted_helpers)  # NULL: it goes without
+        return 0
+
+    cdef int _settle(self, list left) except -1:
+        cdef wsf_remainder rest
+        cdef int what
+        cdef bytes data
+        while True:
+            what = wsf_fanout_settle(self.fanout, _count, &rest)
+            if what == WSF_DONE:
+                return 0
+            if what == WSF_REST:
+                try:
+                    data = PyBytes_FromStringAndSize(<char *>rest.frame.data + rest.offset,
+                                                     <Py_ssize_t>(rest.frame.size - rest.offset))
+                except MemoryError:  # half a frame is on its way, and there is no rest
+                    wsf_link_fail(self.fanout, rest.link, 0)
+                    left.append((<object>rest.link.handle, WSF_FAILED, ENOMEM))
+                else:
+                    left.append((<object>rest.link.handle, what, data))
+                finally:
+                    wsf_frame_release(rest.frame)
+            else:
+                left.append((<object>rest.link.handle, what, rest.error if what == WSF_FAILED else None))
+
+    @property
+    def helpers(self):
+        return self.wanted_helpers
+
+    @helpers.setter
+    def helpers(self, value):
+        cdef unsigned number = <unsigned>min(_whole(value, "helpers", 0), <uint64_t>WSF_MAX_HELPERS)
+        self.check()
+        if number != self.wanted_helpers:
+            self.close()
+        self.wanted_helpers = number
+
+    # ---- limits
+
+    @property
+    def wants_reports(self):
+        return self.fanout.wants_reports != 0
+
+    @wants_reports.setter
+    def wants_reports(self, value):
+        self.fanout.wants_reports = bool(value)
+
+    def expire(self, now_ns):
+        self.check()
+        self.fanout.now_ns = now_ns
+        wsf_fanout_expire(self.fanout)
+
+    def shed(self, now_ns):
+        self.check()
+        self.fanout.now_ns = now_ns
+        wsf_fanout_shed(self.fanout)
+
+    @property
+    def has_reports(self):
+        return self.fanout.report_count != 0
+
+    def take_reports(self):
+        cdef list taken = []
+        cdef wsf_report *entry
+        for i in range(self.fanout.report_count):
+            entry = &self.fanout.reports[i]
+            taken.append((<object>entry.link.handle, entry.what, entry.cause, entry.messages, entry.bytes, entry.age_s))
+        self.fanout.report_count = 0
+        return taken
+
+    def stats(self):
+        cdef wsf_totals *totals = &self.fanout.totals
+        return {
+            "messages": totals.messages,
+            "bytes": totals.bytes,
+            "writes": totals.writes,
+            "through": totals.through,
+            "blocked": totals.blocked,
+            "failed": totals.failed,
+            "conflated": totals.conflated,
+            "dropped": tuple([totals.dropped[i] for i in range(WSF_CAUSES)]),
+            "too_slow": tuple([totals.too_slow[i] for i in range(WSF_CAUSES)]),
+            "links": self.fanout.links.used,
+            "waiting": self.fanout.waiting_count,
+            "queued_bytes": self.fanout.account,
+            "helpers": 0 if self.pool == NULL else wsf_pool_helpers(self.pool),
+        }
+
+    def close(self):
+        """Forget nothing, but end the helpers."""
+        cdef wsf_pool *pool = self.pool
+        self.check()
+        self.pool = NULL
+        self.wanted_helpers = 0
+        if pool != NULL:
+            with nogil:
+                wsf_pool_free(pool)
+
+
+def _live():
+    """Live objects by kind in a debug build; None otherwise."""
+    cdef int64_t *counters = WSF_LIVE_COUNTERS
+    if counters == NULL:
+        return None
+    return {"messages": counters[6], "frames": counters[7], "links": counters[8]}

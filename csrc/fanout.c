@@ -1,0 +1,757 @@
+/* Lines, limits, and the way into the sockets; see fanout.h. */
+#include "fanout.h"
+
+#include <errno.h>
+#include <stdlib.h>
+
+#if WSF_HAS_SOCKETS
+#include <sys/socket.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+#include <time.h>
+#endif
+
+#define ARENA_BYTES (64 * WSF_JOIN_BYTES)
+/* Jobs that a thread takes at a time: some 30 microseconds of work. */
+#define CHUNK 8
+/* Fewer sends than this are done sooner than a helper wakes up. */
+#define PARALLEL_FROM 64
+/* How many links ahead a walk asks for memory. */
+#define AHEAD 8
+/* Frames in one call for the kernel, which allows 1,024; they lie on the stack. */
+#define MAX_PIECES 256
+
+/* ---- life --------------------------------------------------------------------------------------------------------- */
+
+wsf_fanout *wsf_fanout_new(const wsf_limits *limits)
+{
+    wsf_fanout *fanout = PyMem_RawMalloc(sizeof *fanout);
+    if (fanout == NULL)
+        return NULL;
+    memset(fanout, 0, sizeof *fanout);
+    fanout->limits = *limits;
+    return fanout;
+}
+
+void wsf_fanout_free(wsf_fanout *fanout)
+{
+    WSF_ASSERT(fanout->links.used == 0 && fanout->waiting_count == 0);
+    wsf_table_free(&fanout->links, &fanout->table_bytes);
+    PyMem_RawFree(fanout->line.links);
+    PyMem_RawFree(fanout->later.links);
+    PyMem_RawFree(fanout->waiting);
+    PyMem_RawFree(fanout->all);
+    PyMem_RawFree(fanout->reports);
+    PyMem_RawFree(fanout->arena);
+    PyMem_RawFree(fanout);
+}
+
+/* ---- lines ---------------------------------------------------------------------------------------------------------- */
+
+static inline uint32_t *place_in(wsf_fanout *fanout, wsf_line *line, wsf_link *link)
+{
+    return line == &fanout->line ? &link->line_at : &link->later_at;
+}
+
+/* Room for `count` links, and for as many gaps. */
+static int reserve_line(wsf_fanout *fanout, wsf_line *line, uint32_t count)
+{
+    if (2 * (uint64_t)count <= line->capacity)
+        return WSF_OK;
+    uint32_t capacity = line->capacity == 0 ? 64 : 2 * line->capacity, kept = 0;
+    wsf_link **links = PyMem_RawMalloc(capacity * sizeof *links);
+    if (links == NULL)
+        return WSF_NO_MEMORY;
+    for (uint32_t i = 0; i < line->count; i++) {
+        wsf_link *link = line->links[(line->head + i) & (line->capacity - 1)];
+        if (link != NULL) {
+            *place_in(fanout, line, link) = kept;
+            links[kept++] = link;
+        }
+    }
+    PyMem_RawFree(line->links);
+    line->links = links;
+    line->head = 0;
+    line->count = kept;
+    line->capacity = capacity;
+    return WSF_OK;
+}
+
+static void line_pop(wsf_line *line)
+{
+    line->head = (line->head + 1) & (line->capacity - 1);
+    line->count--;
+}
+
+static void close_gaps(wsf_fanout *fanout, wsf_line *line)
+{
+    uint32_t kept = 0, mask = line->capacity - 1;
+    for (uint32_t i = 0; i < line->count; i++) {
+        wsf_link *link = line->links[(line->head + i) & mask];
+        if (link != NULL) {
+            *place_in(fanout, line, link) = (line->head + kept) & mask;
+            line->links[(line->head + kept++) & mask] = link;
+        }
+    }
+    line->count = kept;
+}
+
+static void line_push(wsf_fanout *fanout, wsf_line *line, wsf_link *link, uint32_t fact)
+{
+    if (link->facts & fact)
+        return;
+    if (line->count == line->capacity)
+        close_gaps(fanout, line);
+    uint32_t at = (line->head + line->count++) & (line->capacity - 1);
+    line->links[at] = link;
+    *place_in(fanout, line, link) = at;
+    link->facts |= fact;
+}
+
+static void line_leave(wsf_fanout *fanout, wsf_line *line, wsf_link *link, uint32_t fact)
+{
+    if (link->facts & fact)
+        line->links[*place_in(fanout, line, link)] = NULL;
+    link->facts &= ~fact;
+}
+
+void wsf_fanout_end_window(wsf_fanout *fanout)
+{
+    for (; fanout->later.count != 0; line_pop(&fanout->later)) {
+        wsf_link *link = fanout->later.links[fanout->later.head];
+        if (link == NULL)
+            continue;
+        link->facts &= ~(uint32_t)WSF_LATER;
+        if (link->outbox.count != 0 && !(link->facts & WSF_WAITS))
+            line_push(fanout, &fanout->line, link, WSF_IN_LINE);
+    }
+}
+
+static int reserve(wsf_link ***links, uint32_t *capacity, uint32_t count)
+{
+    if (count <= *capacity)
+        return WSF_OK;
+    uint32_t more = *capacity == 0 ? 64 : 2 * *capacity;
+    wsf_link **moved = PyMem_RawRealloc(*links, more * sizeof *moved);
+    if (moved == NULL)
+        return WSF_NO_MEMORY;
+    *links = moved;
+    *capacity = more;
+    return WSF_OK;
+}
+
+int wsf_fanout_admit(wsf_fanout *fanout, wsf_link *link)
+{
+    uint32_t count = fanout->links.used + 1;
+    if (reserve_line(fanout, &fanout->line, count) != WSF_OK || reserve_line(fanout, &fanout->later, count) != WSF_OK ||
+        reserve(&fanout->waiting, &fanout->waiting_capacity, count) != WSF_OK ||
+        reserve(&fanout->all, &fanout->all_capacity, count) != WSF_OK)
+        return WSF_NO_MEMORY;
+    if (wsf_table_insert(&fanout->links, &fanout->table_bytes, wsf_link_hash(link), link, wsf_link_hash) != WSF_OK)
+        return WSF_NO_MEMORY;
+    link->all_at = count - 1;
+    fanout->all[link->all_at] = link;
+    WSF_COUNT_LIVE(WSF_LIVE_LINK, 1);
+    return WSF_OK;
+}
+
+static int is_of_record(const void *item, const void *record) { return ((const wsf_link *)item)->record == record; }
+
+wsf_link *wsf_fanout_find(const wsf_fanout *fanout, const PyObject *record)
+{
+    return wsf_table_find(&fanout->links, wsf_pointer_hash(record), record, is_of_record);
+}
+
+/* ---- reports ---------------------------------------------------------------------------------------------------------- */
+
+static double age_s(const wsf_fanout *fanout, int64_t since_ns) { return (double)(fanout->now_ns - since_ns) / 1e9; }
+
+/* Without memory for it, what happened is in the totals only. */
+static void report(wsf_fanout *fanout, wsf_report entry)
+{
+    if (entry.what != WSF_TOO_SLOW && !fanout->wants_reports)
+        return;
+    if (fanout->report_count == fanout->report_capacity) {
+        uint32_t capacity = fanout->report_capacity == 0 ? 32 : 2 * fanout->report_capacity;
+        wsf_report *reports = PyMem_RawRealloc(fanout->reports, capacity * sizeof *reports);
+        if (reports == NULL)
+            return;
+        fanout->reports = reports;
+        fanout->report_capacity = capacity;
+    }
+    fanout->reports[fanout->report_count++] = entry;
+}
+
+/* ---- what becomes of an entry -------------------------------------------------------------------------------------------- */
+
+static void resolve(wsf_entry entry, uint32_t *outcome)
+{
+    wsf_tally *tally = &wsf_entry_frame(entry)->message->tally;
+    if (entry & WSF_QUEUED)
+        tally->queued--;
+    else
+        tally->pending--;
+    ++*outcome;
+}
+
+static inline wsf_tally *tally_of(wsf_entry entry) { return &wsf_entry_frame(entry)->message->tally; }
+
+/* Drop from the front as long as there is something and more than `keep_bytes`, or it is from before `before_ns`.
+ * Returns how many, and reports them. */
+static uint32_t drop_front(wsf_fanout *fanout, wsf_link *link, uint64_t keep_bytes, int64_t before_ns, int cause)
+{
+    wsf_report dropped = {.link = link, .what = WSF_DROPPED, .cause = (uint8_t)cause};
+    while (link->outbox.count != 0) {
+        const wsf_message *first = wsf_entry_frame(*wsf_outbox_at(&link->outbox, 0))->message;
+        if (wsf_link_bytes(link) <= keep_bytes && first->created_ns >= before_ns)
+            break;
+        if (dropped.messages++ == 0)
+            dropped.age_s = age_s(fanout, first->created_ns);
+        wsf_entry entry = wsf_outbox_pop(&link->outbox, &fanout->account);
+        dropped.bytes += first->payload_size;
+        resolve(entry, &tally_of(entry)->dropped);
+        wsf_frame_release(wsf_entry_frame(entry));
+    }
+    fanout->totals.dropped[cause] += dropped.messages;
+    if (dropped.messages != 0)
+        report(fanout, dropped);
+    return dropped.messages;
+}
+
+#define OF_ANY_AGE INT64_MIN
+
+static uint32_t drop_all(wsf_fanout *fanout, wsf_link *link, int cause)
+{
+    return drop_front(fanout, link, 0, INT64_MAX, cause);
+}
+
+/* ---- facts --------------------------------------------------------------------------------------------------------------- */
+
+static void begin_waiting(wsf_fanout *fanout, wsf_link *link)
+{
+    link->waiting_at = fanout->waiting_count;
+    fanout->waiting[fanout->waiting_count++] = link;
+    line_leave(fanout, &fanout->line, link, WSF_IN_LINE);
+    for (uint32_t place = 0; place < link->outbox.count; place++) {
+        wsf_entry *entry = wsf_outbox_at(&link->outbox, place);
+        if (!(*entry & WSF_QUEUED)) {
+            resolve(*entry, &tally_of(*entry)->queued);
+            *entry |= WSF_QUEUED;
+        }
+    }
+}
+
+static void end_waiting(wsf_fanout *fanout, wsf_link *link)
+{
+    wsf_link *last = fanout->waiting[--fanout->waiting_count];
+    fanout->waiting[link->waiting_at] = last;
+    last->waiting_at = link->waiting_at;
+    if (link->outbox.count != 0)
+        line_push(fanout, &fanout->line, link, WSF_IN_LINE);
+}
+
+void wsf_link_set(wsf_fanout *fanout, wsf_link *link, uint32_t facts)
+{
+    uint32_t before = link->facts;
+    link->facts |= facts;
+    if (!(before & WSF_WAITS) && (facts & WSF_WAITS))
+        begin_waiting(fanout, link);
+}
+
+static void set_in_transport(wsf_fanout *fanout, wsf_link *link, uint64_t in_transport)
+{
+    (void)WSF_ADD64(&fanout->account, (int64_t)in_transport - (int64_t)link->in_transport);
+    link->in_transport = in_transport;
+}
+
+void wsf_link_clear(wsf_fanout *fanout, wsf_link *link, uint32_t facts)
+{
+    uint32_t before = link->facts;
+    if (facts & WSF_BLOCKED)
+        set_in_transport(fanout, link, 0);
+    link->facts &= ~facts;
+    if ((before & WSF_WAITS) && !(link->facts & WSF_WAITS))
+        end_waiting(fanout, link);
+}
+
+void wsf_link_block(wsf_fanout *fanout, wsf_link *link, uint64_t in_transport)
+{
+    if (!(link->facts & WSF_BLOCKED)) {
+        link->blocked_ns = fanout->now_ns;
+        fanout->totals.blocked++;
+    }
+    set_in_transport(fanout, link, in_transport);
+    wsf_link_set(fanout, link, WSF_BLOCKED);
+}
+
+void wsf_link_close(wsf_fanout *fanout, wsf_link *link, int cause)
+{
+    link->facts &= ~(uint32_t)(WSF_OPEN | WSF_DIRECT);
+    (void)drop_all(fanout, link, cause);
+}
+
+void wsf_fanout_forget(wsf_fanout *fanout, wsf_link *link)
+{
+    WSF_ASSERT(!(link->facts & WSF_OPEN) && link->outbox.count == 0);
+    wsf_link_clear(fanout, link, WSF_WAITS);
+    line_leave(fanout, &fanout->line, link, WSF_IN_LINE);
+    line_leave(fanout, &fanout->later, link, WSF_LATER);
+    for (uint32_t i = 0; i < fanout->report_count; i++)
+        WSF_ASSERT(fanout->reports[i].link != link);
+    wsf_link *last = fanout->all[fanout->links.used - 1];
+    fanout->all[link->all_at] = last;
+    last->all_at = link->all_at;
+    wsf_table_remove(&fanout->links, &fanout->table_bytes, wsf_link_hash(link), link, wsf_link_hash);
+    WSF_COUNT_LIVE(WSF_LIVE_LINK, -1);
+}
+
+/* ---- limits ------------------------------------------------------------------------------------------------------------- */
+
+/* The transport of a link that is given up still holds what it holds, but not for long: it is not charged any more. */
+static void give_up(wsf_fanout *fanout, wsf_link *link, int cause)
+{
+    int64_t since_ns = link->blocked_ns;
+    if (link->in_transport == 0 && link->outbox.count != 0)
+        since_ns = wsf_entry_frame(*wsf_outbox_at(&link->outbox, 0))->message->created_ns;
+    report(fanout, (wsf_report){link, WSF_TOO_SLOW, (uint8_t)cause, link->outbox.count, wsf_link_bytes(link),
+                                age_s(fanout, since_ns)});
+    fanout->totals.too_slow[cause]++;
+    wsf_link_close(fanout, link, cause);
+    set_in_transport(fanout, link, 0);
+}
+
+/* Whether a frame may be appended to a link that waits, after what the policy does for it. */
+static int make_way(wsf_fanout *fanout, wsf_link *link, wsf_frame *frame)
+{
+    const wsf_limits *limits = &fanout->limits;
+    wsf_message *message = frame->message;
+    uint64_t waits = wsf_link_bytes(link);
+    if ((link->facts & WSF_SHEDDING) && waits <= limits->low_bytes)
+        link->facts &= ~(uint32_t)WSF_SHEDDING;
+    if (limits->policy == WSF_KEEP || waits == 0)
+        return 1;
+    if (!(link->facts & WSF_SHEDDING) && waits + frame->size <= limits->max_bytes)
+        return 1;
+    if (limits->policy == WSF_DISCONNECT) {
+        give_up(fanout, link, WSF_BY_BYTES);
+        message->tally.disconnected++;
+        return 0;
+    }
+    if (limits->policy != WSF_DROP_NEWEST) {
+        uint64_t keep_bytes = limits->low_bytes > frame->size ? limits->low_bytes - frame->size : 0;
+        message->tally.displaced += drop_front(fanout, link, keep_bytes, OF_ANY_AGE, WSF_BY_BYTES);
+        waits = wsf_link_bytes(link);
+        if (waits == 0 || waits + frame->size <= limits->max_bytes)
+            return 1;
+    } else {
+        link->facts |= WSF_SHEDDING;
+    }
+    fanout->totals.dropped[WSF_BY_BYTES]++;
+    report(fanout, (wsf_report){link, WSF_DROPPED, WSF_BY_BYTES, 1, message->payload_size, 0});
+    return 0;
+}
+
+void wsf_fanout_expire(wsf_fanout *fanout)
+{
+    int64_t before_ns = fanout->now_ns - fanout->limits.max_age_ns;
+    if (fanout->limits.policy == WSF_KEEP)
+        return;
+    for (uint32_t i = 0; i < fanout->waiting_count; i++) {
+        wsf_link *link = fanout->waiting[i];
+        if (!(link->facts & WSF_OPEN))
+            continue;
+        if (fanout->limits.policy != WSF_DISCONNECT)
+            (void)drop_front(fanout, link, UINT64_MAX, before_ns, WSF_BY_AGE);
+        else if ((link->facts & WSF_BLOCKED) && link->blocked_ns < before_ns)
+            give_up(fanout, link, WSF_BY_AGE);
+    }
+}
+
+static int by_bytes_down(const void *left, const void *right)
+{
+    uint64_t a = wsf_link_bytes(*(wsf_link *const *)left), b = wsf_link_bytes(*(wsf_link *const *)right);
+    return (a < b) - (a > b);
+}
+
+void wsf_fanout_shed(wsf_fanout *fanout)
+{
+    int64_t enough = (int64_t)(fanout->limits.max_total_bytes - fanout->limits.max_total_bytes / 8);
+    int drops = fanout->limits.policy != WSF_KEEP && fanout->limits.policy != WSF_DISCONNECT;
+    uint32_t count = fanout->waiting_count;
+    if (!wsf_fanout_is_over(fanout) || count == 0)
+        return;
+    /* The order of `waiting` itself means nothing. */
+    qsort(fanout->waiting, count, sizeof *fanout->waiting, by_bytes_down);
+    for (uint32_t i = 0; i < count; i++)
+        fanout->waiting[i]->waiting_at = i;
+    for (uint32_t i = 0; drops && i < count && WSF_ADD64(&fanout->account, 0) > enough; i++)
+        (void)drop_all(fanout, fanout->waiting[i], WSF_BY_BUDGET);
+    for (uint32_t i = 0; i < count && WSF_ADD64(&fanout->account, 0) > enough; i++)
+        if ((fanout->waiting[i]->facts & WSF_OPEN) && wsf_link_bytes(fanout->waiting[i]) != 0)
+            give_up(fanout, fanout->waiting[i], WSF_BY_BUDGET);
+}
+
+/* ---- push ------------------------------------------------------------------------------------------------------------------ */
+
+/* Put the frame in the place of an older one with its key, if one waits. */
+static int replace(wsf_fanout *fanout, wsf_link *link, wsf_frame *frame)
+{
+    wsf_tally *tally = &frame->message->tally;
+    int64_t place = wsf_outbox_find(&link->outbox, &fanout->account, frame->message->key);
+    if (place < 0)
+        return 0;
+    wsf_entry queued = *wsf_outbox_at(&link->outbox, (uint32_t)place) & WSF_QUEUED;
+    wsf_entry former = wsf_outbox_replace(&link->outbox, (uint32_t)place, frame, queued);
+    const wsf_message *older = wsf_entry_frame(former)->message;
+    tally->targets++;
+    tally->displaced++;
+    if (queued)
+        tally->queued++;
+    else
+        tally->pending++;
+    resolve(former, &tally_of(former)->dropped);
+    fanout->totals.conflated++;
+    report(fanout, (wsf_report){link, WSF_CONFLATED, WSF_BY_BYTES, 1, older->payload_size,
+                                age_s(fanout, older->created_ns)});
+    wsf_frame_release(wsf_entry_frame(former));
+    if ((link->facts & WSF_WAITS) && wsf_link_bytes(link) > fanout->limits.max_bytes && link->outbox.count > 1)
+        tally->displaced += drop_front(fanout, link, fanout->limits.max_bytes, OF_ANY_AGE, WSF_BY_BYTES);
+    return 1;
+}
+
+/* Whether the link has taken the frame, and the reference to it. The message's tally has it in any case. */
+static int append(wsf_fanout *fanout, wsf_link *link, wsf_frame *frame, int is_late)
+{
+    wsf_tally *tally = &frame->message->tally;
+    if ((link->facts & WSF_OPEN) && fanout->limits.policy == WSF_CONFLATE && frame->message->key != NULL &&
+        link->outbox.count != 0 && replace(fanout, link, frame))
+        return 1;
+    tally->targets++;
+    int waits = (link->facts & WSF_WAITS) != 0;
+    if (!(link->facts & WSF_OPEN) || (waits && !make_way(fanout, link, frame)) ||
+        wsf_outbox_push(&link->outbox, &fanout->account, frame, waits ? WSF_QUEUED : 0) != WSF_OK) {
+        tally->dropped++;
+        return 0;
+    }
+    if (waits) {
+        tally->queued++;
+    } else {
+        tally->pending++;
+        if (is_late)
+            line_push(fanout, &fanout->later, link, WSF_LATER);
+        else
+            line_push(fanout, &fanout->line, link, WSF_IN_LINE);
+    }
+    return 1;
+}
+
+/* One atomic instruction for each frame, instead of one for each link. */
+static void retain_for_all(wsf_link *const *links, uint32_t count, wsf_frame *const *frames)
+{
+    int64_t uses[WSF_MAX_VARIANTS] = {0};
+    for (uint32_t i = 0; i < count; i++) {
+        if (i + AHEAD < count)
+            WSF_PREFETCH(links[i + AHEAD]);
+        uses[links[i]->variant]++;
+    }
+    for (uint32_t variant = 0; variant < WSF_MAX_VARIANTS; variant++)
+        if (uses[variant] != 0)
+            wsf_frame_retain(frames[variant], uses[variant]);
+}
+
+void wsf_fanout_push(wsf_fanout *fanout, wsf_link *const *links, uint32_t count, wsf_frame *const *frames, int is_late)
+{
+    uint32_t number = ++fanout->pushes;
+    fanout->now_ns = frames[0]->message->created_ns;
+    retain_for_all(links, count, frames);
+    for (uint32_t i = 0; i < count; i++) {
+        wsf_link *link = links[i];
+        if (i + AHEAD < count) {
+            WSF_PREFETCH_WRITE(links[i + AHEAD]);
+            WSF_PREFETCH_WRITE(links[i + AHEAD / 2]->outbox.ring);
+        }
+        if (link->left_out_of == number || !append(fanout, link, frames[link->variant], is_late))
+            wsf_frame_release(frames[link->variant]);
+    }
+}
+
+/* ---- plan --------------------------------------------------------------------------------------------------------------------- */
+
+static int same_frames(wsf_outbox *a, wsf_outbox *b)
+{
+    if (a->count != b->count || a->bytes != b->bytes)
+        return 0;
+    for (uint32_t place = 0; place < a->count; place++)
+        if (wsf_entry_frame(*wsf_outbox_at(a, place)) != wsf_entry_frame(*wsf_outbox_at(b, place)))
+            return 0;
+    return 1;
+}
+
+/* All frames of an outbox in one piece of the arena; NULL: there is no room. */
+static const uint8_t *join(wsf_fanout *fanout, wsf_outbox *outbox)
+{
+    if (fanout->arena == NULL)
+        fanout->arena = PyMem_RawMalloc(ARENA_BYTES);
+    if (fanout->arena == NULL || ARENA_BYTES - fanout->arena_used < outbox->bytes)
+        return NULL;
+    uint8_t *data = fanout->arena + fanout->arena_used, *end = data;
+    for (uint32_t place = 0; place < outbox->count; place++) {
+        const wsf_frame *frame = wsf_entry_frame(*wsf_outbox_at(outbox, place));
+        memcpy(end, frame->data, frame->size);
+        end += frame->size;
+    }
+    fanout->arena_used += outbox->bytes;
+    return data;
+}
+
+static void plan_job(wsf_fanout *fanout, wsf_job *job, wsf_link *link)
+{
+    *job = (wsf_job){.link = link};
+    if (link == NULL || !(link->facts & WSF_OPEN))
+        return;
+    wsf_outbox *outbox = &link->outbox;
+    job->frames = outbox->count;
+    job->size = outbox->bytes;
+    job->direct = (link->facts & (WSF_DIRECT | WSF_UNSURE)) == WSF_DIRECT;
+    if (!job->direct || outbox->count == 0)
+        return;
+    const wsf_job *before = job == fanout->jobs ? NULL : job - 1;
+    if (outbox->count == 1)
+        job->data = wsf_entry_frame(*wsf_outbox_at(outbox, 0))->data;
+    else if (before != NULL && before->data != NULL && before->direct && same_frames(outbox, &before->link->outbox))
+        job->data = before->data;
+    else if (outbox->bytes <= WSF_JOIN_BYTES)
+        job->data = join(fanout, outbox);
+}
+
+uint32_t wsf_fanout_plan(wsf_fanout *fanout)
+{
+    const wsf_line *line = &fanout->line;
+    uint32_t count = line->count < WSF_BATCH ? line->count : WSF_BATCH;
+    for (uint32_t i = 0; i < count; i++) {
+        WSF_PREFETCH(line->links[(line->head + i + AHEAD) & (line->capacity - 1)]);
+        plan_job(fanout, &fanout->jobs[i], line->links[(line->head + i) & (line->capacity - 1)]);
+    }
+    fanout->job_count = count;
+    fanout->settled = 0;
+    fanout->taken = 0;
+    return count;
+}
+
+/* ---- send --------------------------------------------------------------------------------------------------------------------- */
+
+#if WSF_HAS_SOCKETS
+
+#ifndef MSG_NOSIGNAL
+#define MSG_NOSIGNAL 0 /* the interpreter ignores SIGPIPE */
+#endif
+
+static int64_t clock_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+/* What a call has sent: bytes, 0 if the socket takes nothing now, or -errno. */
+static int64_t outcome(ssize_t result)
+{
+    if (result >= 0)
+        return result;
+    return errno == EAGAIN || errno == EWOULDBLOCK || errno == ENOBUFS || errno == ENOMEM ? 0 : -(int64_t)errno;
+}
+
+static int64_t send_piece(int fd, const uint8_t *data, size_t size)
+{
+    ssize_t result;
+    do
+        result = send(fd, data, size, MSG_DONTWAIT | MSG_NOSIGNAL);
+    while (result < 0 && errno == EINTR);
+    return outcome(result);
+}
+
+/* The frames from `place` on, as many as fit one call. Returns how many bytes they are. */
+static size_t list_pieces(wsf_outbox *outbox, uint32_t *place, struct msghdr *header)
+{
+    size_t size = 0, count = 0;
+    for (; *place < outbox->count && count < MAX_PIECES; ++*place, count++) {
+        wsf_frame *frame = wsf_entry_frame(*wsf_outbox_at(outbox, *place));
+        header->msg_iov[count] = (struct iovec){frame->data, frame->size};
+        size += frame->size;
+    }
+    header->msg_iovlen = count;
+    return size;
+}
+
+static int64_t send_frames(int fd, wsf_outbox *outbox)
+{
+    struct iovec pieces[MAX_PIECES];
+    struct msghdr header = {.msg_iov = pieces};
+    int64_t sent = 0;
+    for (uint32_t place = 0; place < outbox->count;) {
+        size_t size = list_pieces(outbox, &place, &header);
+        ssize_t result;
+        do
+            result = sendmsg(fd, &header, MSG_DONTWAIT | MSG_NOSIGNAL);
+        while (result < 0 && errno == EINTR);
+        int64_t now = outcome(result);
+        if (now < 0)
+            return now;
+        sent += now;
+        if ((size_t)now < size)
+            break;
+    }
+    return sent;
+}
+
+static void carry_out(void *argument)
+{
+    wsf_fanout *fanout = argument;
+    int64_t count = fanout->job_count, end;
+    do {
+        end = WSF_ADD64(&fanout->taken, CHUNK);
+        for (int64_t i = end - CHUNK; i < end && i < count; i++) {
+            wsf_job *job = &fanout->jobs[i];
+            if (!job->direct || job->frames == 0)
+                continue;
+            job->sent = job->data != NULL ? send_piece(job->link->fd, job->data, job->size)
+                                          : send_frames(job->link->fd, &job->link->outbox);
+        }
+    } while (end < count && clock_ns() < fanout->deadline_ns);
+}
+
+#else
+
+static void carry_out(void *argument)
+{
+    wsf_fanout *fanout = argument;
+    fanout->taken = fanout->job_count;
+}
+
+#endif
+
+void wsf_fanout_send(wsf_fanout *fanout, wsf_pool *pool, int64_t deadline_ns)
+{
+    fanout->deadline_ns = deadline_ns;
+    if (pool != NULL && fanout->job_count >= PARALLEL_FROM)
+        wsf_pool_run(pool, carry_out, fanout);
+    else
+        carry_out(fanout);
+}
+
+/* ---- settle ------------------------------------------------------------------------------------------------------------------- */
+
+/* Take frames out of the outbox: those that lie within the first `sent` bytes have been sent. Returns how many have. */
+static uint32_t take_sent(wsf_fanout *fanout, wsf_link *link, uint64_t sent, uint64_t *payload_bytes)
+{
+    uint32_t messages = 0;
+    uint64_t bytes = 0;
+    while (link->outbox.count != 0) {
+        wsf_frame *frame = wsf_entry_frame(*wsf_outbox_at(&link->outbox, 0));
+        if (bytes + frame->size > sent)
+            break;
+        bytes += frame->size;
+        *payload_bytes += frame->message->payload_size;
+        messages++;
+        wsf_entry entry = wsf_outbox_pop(&link->outbox, &fanout->account);
+        resolve(entry, &frame->message->tally.sent);
+        wsf_frame_release(frame);
+    }
+    return messages;
+}
+
+static void count_sent(wsf_fanout *fanout, wsf_link *link, uint64_t messages, uint64_t bytes, wsf_count count)
+{
+    fanout->totals.messages += messages;
+    fanout->totals.bytes += bytes;
+    if (messages != 0)
+        count(link, messages, bytes);
+}
+
+void wsf_link_fail(wsf_fanout *fanout, wsf_link *link, uint32_t frames)
+{
+    fanout->totals.failed++;
+    for (; frames != 0 && link->outbox.count != 0; frames--) {
+        wsf_entry entry = wsf_outbox_pop(&link->outbox, &fanout->account);
+        resolve(entry, &tally_of(entry)->failed);
+        wsf_frame_release(wsf_entry_frame(entry));
+    }
+    wsf_link_close(fanout, link, WSF_BY_END);
+}
+
+/* The socket did not take all: the frame that was begun, or the next one, goes to the transport. */
+static void cut_short(wsf_fanout *fanout, wsf_link *link, uint64_t sent, wsf_remainder *remainder, wsf_count count)
+{
+    uint64_t before = link->outbox.bytes, payload_bytes = 0;
+    uint32_t messages = take_sent(fanout, link, sent, &payload_bytes);
+    remainder->offset = (size_t)(sent - (before - link->outbox.bytes));
+    wsf_entry entry = wsf_outbox_pop(&link->outbox, &fanout->account);
+    wsf_frame *frame = wsf_entry_frame(entry);
+    resolve(entry, &frame->message->tally.queued);
+    remainder->frame = frame;
+    count_sent(fanout, link, messages + 1, payload_bytes + frame->message->payload_size, count);
+    wsf_link_block(fanout, link, frame->size - remainder->offset);
+}
+
+static int settle_job(wsf_fanout *fanout, const wsf_job *job, wsf_count count, wsf_remainder *remainder)
+{
+    wsf_link *link = job->link;
+    uint64_t payload_bytes = 0;
+    remainder->link = link;
+    if (!job->direct) {
+        fanout->totals.through++;
+        return WSF_THROUGH;
+    }
+    fanout->totals.writes++;
+    if (job->sent < 0) {
+        remainder->error = (int)-job->sent;
+        wsf_link_fail(fanout, link, job->frames);
+        return WSF_FAILED;
+    }
+    if ((uint64_t)job->sent < job->size) {
+        cut_short(fanout, link, (uint64_t)job->sent, remainder, count);
+        return WSF_REST;
+    }
+    uint32_t messages = take_sent(fanout, link, job->size, &payload_bytes);
+    count_sent(fanout, link, messages, payload_bytes, count);
+    return WSF_DONE;
+}
+
+int wsf_fanout_settle(wsf_fanout *fanout, wsf_count count, wsf_remainder *remainder)
+{
+    int64_t carried_out = fanout->taken < (int64_t)fanout->job_count ? fanout->taken : (int64_t)fanout->job_count;
+    while (fanout->settled < carried_out) {
+        const wsf_job *job = &fanout->jobs[fanout->settled++];
+        line_pop(&fanout->line);
+        if (job->link == NULL)
+            continue;
+        job->link->facts &= ~(uint32_t)WSF_IN_LINE;
+        if (job->frames == 0)
+            continue;
+        remainder->what = settle_job(fanout, job, count, remainder);
+        if (remainder->what != WSF_DONE)
+            return remainder->what;
+    }
+    fanout->job_count = fanout->settled = 0;
+    fanout->taken = 0;
+    fanout->arena_used = 0;
+    return WSF_DONE;
+}
+
+void wsf_link_commit(wsf_fanout *fanout, wsf_link *link, uint32_t frames, uint64_t in_transport, wsf_count count)
+{
+    uint64_t payload_bytes = 0;
+    uint32_t messages = 0;
+    for (; messages < frames && link->outbox.count != 0; messages++) {
+        wsf_entry entry = wsf_outbox_pop(&link->outbox, &fanout->account);
+        wsf_frame *frame = wsf_entry_frame(entry);
+        payload_bytes += frame->message->payload_size;
+        resolve(entry, in_transport == 0 ? &frame->message->tally.sent : &frame->message->tally.queued);
+        wsf_frame_release(frame);
+    }
+    count_sent(fanout, link, messages, payload_bytes, count);
+    if (in_transport != 0)
+        wsf_link_block(fanout, link, in_transport);
+    else if (link->outbox.count != 0 && !(link->facts & WSF_WAITS))
+        line_push(fanout, &fanout->line, link, WSF_IN_LINE);
+}

@@ -1,0 +1,210 @@
+/* The outboxes of all connections of one manager, and their way into the sockets.
+ *
+ * A *link* is what is known here of one connection: its outbox, and facts that its protocol's callbacks keep up to date,
+ * so that a flush need not ask any Python object whether it may write to the socket itself. A link that has something
+ * to send stands in a line; a flush walks along it and sends all that each has pending with one system call.
+ *
+ *   push    append a frame to the outboxes of many links (no system call; one call is one moment)
+ *   plan    list the next links in line with what is to be sent to each
+ *   send    send it: no Python object is touched and the GIL is not needed; helpers share the work
+ *   settle  take what was sent out of the outboxes, note what became of it
+ *
+ * Nothing else may happen to links, outboxes and sockets between plan and settle: the event loop's thread waits in send.
+ *
+ * What a socket did not take makes the link *blocked*. The rest of the frame that was begun goes to the transport, which
+ * tells when it has got rid of it; whole frames stay in the outbox, where they are shared and can still be replaced or
+ * dropped. Limits are judged where frames are appended to a blocked link, and by wsf_fanout_expire and wsf_fanout_shed.
+ *
+ * Guaranteed: frames leave a link in the order in which they were pushed (a replaced one in its place).
+ * Threads: the event loop's only, except send.
+ */
+#ifndef WSF_FANOUT_H
+#define WSF_FANOUT_H
+
+#include "outbox.h"
+#include "pool.h"
+#include "table.h"
+
+#if defined(_WIN32)
+#define WSF_HAS_SOCKETS 0
+#else
+#define WSF_HAS_SOCKETS 1
+#endif
+
+/* ---- links ------------------------------------------------------------------------------------------------------------ */
+
+enum {
+    WSF_OPEN = 1,      /* data messages may be sent */
+    WSF_DIRECT = 2,    /* fd is a plain stream socket that nothing else is written to behind our back */
+    WSF_UNSURE = 4,    /* the library has written by itself: ask the transport before writing to the socket */
+    WSF_BLOCKED = 8,   /* something waits in the transport; it will tell when that is gone */
+    WSF_FRAGMENT = 16, /* a fragmented message of the application is under way */
+    WSF_IN_LINE = 32,  /* to be flushed */
+    WSF_LATER = 64,    /* to be flushed when the window of a coalesced broadcast ends */
+    WSF_SHEDDING = 128 /* over the limit, and not yet below the mark where dropping ends */
+};
+#define WSF_WAITS (WSF_BLOCKED | WSF_FRAGMENT)
+
+/* What a push and a plan touch is the first cache line. */
+typedef struct wsf_link {
+    _Alignas(64) uint32_t facts;
+    uint32_t variant; /* of the frames it gets */
+    wsf_outbox outbox;
+    int fd;
+    uint32_t line_at; /* place in the line, while it is there; the same for the three that follow */
+    uint32_t later_at, waiting_at, all_at;
+    uint32_t left_out_of;  /* number of the push that does not mean it */
+    uint64_t in_transport; /* bytes, while it is blocked */
+    int64_t blocked_ns;    /* since when it is blocked */
+    PyObject *record;      /* borrowed; its address is what a link is found by */
+    PyObject *handle;      /* borrowed: what the owner of the fan-out knows the link by */
+} wsf_link;
+
+/* The table's hash is keyed where strangers choose the keys. They do not choose addresses. */
+static inline uint32_t wsf_pointer_hash(const void *pointer)
+{
+    return (uint32_t)(((uint64_t)(uintptr_t)pointer >> 4) * UINT64_C(0x9E3779B97F4A7C15) >> 32);
+}
+static inline uint32_t wsf_link_hash(const void *link) { return wsf_pointer_hash(((const wsf_link *)link)->record); }
+
+static inline uint64_t wsf_link_bytes(const wsf_link *link) { return link->outbox.bytes + link->in_transport; }
+
+#define WSF_MAX_VARIANTS 16
+
+/* ---- reports ---------------------------------------------------------------------------------------------------------- */
+
+enum { WSF_KEEP, WSF_DROP_NEWEST, WSF_DROP_OLDEST, WSF_CONFLATE, WSF_DISCONNECT, WSF_POLICIES };
+enum { WSF_BY_BYTES, WSF_BY_AGE, WSF_BY_BUDGET, WSF_BY_END, WSF_CAUSES };
+enum { WSF_DROPPED, WSF_CONFLATED, WSF_TOO_SLOW, WSF_REPORTS };
+
+typedef struct {
+    wsf_link *link;
+    uint8_t what, cause;
+    uint32_t messages;
+    uint64_t bytes; /* WSF_TOO_SLOW: that waited; else of the messages */
+    double age_s;   /* of the oldest of them */
+} wsf_report;
+
+/* ---- the fan-out ------------------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    uint32_t policy;
+    uint64_t max_bytes, low_bytes; /* of one link */
+    int64_t max_age_ns;
+    uint64_t max_total_bytes; /* of `account` */
+} wsf_limits;
+
+typedef struct {
+    uint64_t messages, bytes; /* taken by the kernel or a transport; payload */
+    uint64_t writes;          /* system calls of the direct path */
+    uint64_t through;         /* flushes of one link through its adapter */
+    uint64_t blocked;         /* times that a socket or transport did not take all */
+    uint64_t failed;          /* writes */
+    uint64_t dropped[WSF_CAUSES], conflated, too_slow[WSF_CAUSES];
+} wsf_totals;
+
+/* A ring of links; gaps are NULL. The lines and `waiting` have room for every link there is, so that no push fails for
+ * want of it. */
+typedef struct {
+    wsf_link **links;
+    uint32_t head, count, capacity;
+} wsf_line;
+
+typedef struct {
+    wsf_link *link;
+    const uint8_t *data; /* what to send, in one piece; NULL: the frames in the outbox; and see `direct` */
+    size_t size;
+    uint32_t frames; /* of the outbox that this is about */
+    int direct;      /* 0: to be sent through the adapter */
+    int64_t sent;    /* bytes, or -errno */
+} wsf_job;
+
+#define WSF_BATCH 256
+#define WSF_JOIN_BYTES 16384 /* frames are joined by copying up to here, and listed for the kernel beyond */
+
+typedef struct wsf_fanout {
+    int64_t account; /* bytes of messages, frames, rings, and what waits in transports; atomic */
+    wsf_limits limits;
+    wsf_totals totals;
+    wsf_line line, later;
+    wsf_link **waiting; /* links that are blocked or in the middle of a fragmented message */
+    uint32_t waiting_count, waiting_capacity;
+    wsf_table links; /* by record */
+    int64_t table_bytes;
+    wsf_link **all; /* the same links, in no order */
+    uint32_t all_capacity;
+    uint32_t pushes;
+    int wants_reports; /* of drops and conflations; WSF_TOO_SLOW is always reported */
+    wsf_report *reports;
+    uint32_t report_count, report_capacity;
+    int64_t now_ns; /* of the call under way */
+    /* the plan */
+    wsf_job jobs[WSF_BATCH];
+    uint32_t job_count, settled;
+    int64_t taken; /* jobs; atomic while they are being sent */
+    int64_t deadline_ns;
+    uint8_t *arena;
+    size_t arena_used;
+} wsf_fanout;
+
+wsf_fanout *wsf_fanout_new(const wsf_limits *limits); /* NULL: no memory */
+void wsf_fanout_free(wsf_fanout *fanout);             /* it has forgotten all its links */
+
+/* Begin with a link, which has no facts yet. WSF_OK or WSF_NO_MEMORY. link: borrowed until it is forgotten. */
+int wsf_fanout_admit(wsf_fanout *fanout, wsf_link *link);
+/* The link of a record, or NULL. */
+wsf_link *wsf_fanout_find(const wsf_fanout *fanout, const PyObject *record);
+/* Forget a link. Close it before. */
+void wsf_fanout_forget(wsf_fanout *fanout, wsf_link *link);
+
+/* Facts. What they say about `line` is kept in step. */
+void wsf_link_set(wsf_fanout *fanout, wsf_link *link, uint32_t facts);
+void wsf_link_clear(wsf_fanout *fanout, wsf_link *link, uint32_t facts);
+/* The transport did not take all: `in_transport` bytes wait there. */
+void wsf_link_block(wsf_fanout *fanout, wsf_link *link, uint64_t in_transport);
+/* Close it for good. Everything in its outbox is dropped, and reported with this cause. */
+void wsf_link_close(wsf_fanout *fanout, wsf_link *link, int cause);
+
+/* Append a message to the outbox of each of these links, but for those whose `left_out_of` is the number of this push
+ * (`pushes` + 1): the frame that is frames[variant of the link]. is_late: to be sent at the end of the window rather than
+ * of the turn. A link refuses it, and the message's tally has it as dropped, if the link is closed, the policy says so, or
+ * there is no memory. */
+void wsf_fanout_push(wsf_fanout *fanout, wsf_link *const *links, uint32_t count, wsf_frame *const *frames, int is_late);
+/* The window of coalesced broadcasts ends. */
+void wsf_fanout_end_window(wsf_fanout *fanout);
+
+/* Plan for the next links in line; how many. */
+uint32_t wsf_fanout_plan(wsf_fanout *fanout);
+/* Send by plan until the clock says deadline_ns. Without the GIL. pool: may be NULL. */
+void wsf_fanout_send(wsf_fanout *fanout, wsf_pool *pool, int64_t deadline_ns);
+typedef void (*wsf_count)(wsf_link *link, uint64_t messages, uint64_t bytes);
+
+/* What is left to do for a link after its job. The rest is to be written to its transport; the link is blocked until
+ * wsf_link_block or wsf_link_clear says otherwise. */
+enum { WSF_DONE, WSF_THROUGH, WSF_REST, WSF_FAILED };
+typedef struct {
+    wsf_link *link;
+    wsf_frame *frame; /* WSF_REST: owned by the caller; what is left of it begins at `offset` */
+    size_t offset;
+    int what, error; /* WSF_FAILED: errno; the link is closed */
+} wsf_remainder;
+
+/* Settle the jobs that were carried out, up to the first that leaves a remainder; WSF_DONE after the last. count: is told
+ * what was sent. */
+int wsf_fanout_settle(wsf_fanout *fanout, wsf_count count, wsf_remainder *remainder);
+
+/* The first frames of the outbox have been handed to the transport, which still has in_transport bytes of them. */
+void wsf_link_commit(wsf_fanout *fanout, wsf_link *link, uint32_t frames, uint64_t in_transport, wsf_count count);
+/* The first frames could not be written: they have failed, and the link is closed. */
+void wsf_link_fail(wsf_fanout *fanout, wsf_link *link, uint32_t frames);
+
+/* Judge the links that wait by age. */
+void wsf_fanout_expire(wsf_fanout *fanout);
+/* Make all outboxes together fit max_total_bytes, worst first. */
+void wsf_fanout_shed(wsf_fanout *fanout);
+static inline int wsf_fanout_is_over(wsf_fanout *fanout)
+{
+    return (uint64_t)WSF_ADD64(&fanout->account, 0) > fanout->limits.max_total_bytes;
+}
+
+#endif

@@ -1,0 +1,200 @@
+"""The outboxes of one manager's connections and their way into the sockets, ``wsfast._fanout``.
+
+It is what ``wsfast.delivery`` stands on, and adapters tell a :class:`Link` what happens to their connection. Applications
+use neither. How it works is in csrc/fanout.h.
+
+Numbers of bytes are of whole frames, but for counters of what was sent, which are of payloads. Times are nanoseconds of
+``time.monotonic_ns``, and are passed in; only ``flush`` reads that clock itself, to know when its slice ends.
+
+Threads: the event loop's only. While ``flush`` has given up the GIL, a change from another thread is ``WrongThread``.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Final, final
+
+from wsfast._core import ConnectionMeta
+
+__all__ = ["HAS_SOCKETS", "MAX_HELPERS", "MAX_VARIANTS", "Fanout", "Link", "Message"]
+
+HAS_SOCKETS: Final[bool]
+"""Whether the direct path is compiled in. Without it, everything goes through transports."""
+MAX_HELPERS: Final[int]
+MAX_VARIANTS: Final[int]
+THROUGH: Final[int]
+REST: Final[int]
+FAILED: Final[int]
+
+@final
+class Message:
+    """One message to any number of connections, encoded once for each variant; and the tally of what became of it:
+    ``targets == pending + sent + queued + dropped + failed``. Made by ``Fanout.message``."""
+
+    @property
+    def targets(self) -> int: ...
+    @property
+    def pending(self) -> int:
+        """Connections that keep up, and get it at the next flush."""
+    @property
+    def sent(self) -> int: ...
+    @property
+    def queued(self) -> int:
+        """Connections for which it waits."""
+    @property
+    def dropped(self) -> int: ...
+    @property
+    def failed(self) -> int: ...
+    @property
+    def displaced(self) -> int:
+        """Older messages that were dropped or replaced because of it."""
+    @property
+    def disconnected(self) -> int:
+        """Connections that were given up because of it."""
+    def miss(self, count: int) -> None:
+        """Count targets that have no link, as dropped."""
+
+@final
+class Link:
+    """One connection. Made by ``Fanout.admit``; once it is forgotten, all methods do nothing.
+
+    It keeps its record and its connection object alive until it is forgotten, and is not seen by the garbage collector.
+    """
+
+    @property
+    def record(self) -> Any: ...
+    @property
+    def ws(self) -> Any: ...
+    @property
+    def is_native(self) -> bool: ...
+    @property
+    def is_open(self) -> bool: ...
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it is blocked, or in the middle of a fragmented message: nothing is sent to it."""
+    @property
+    def is_blocked(self) -> bool: ...
+    @property
+    def is_direct(self) -> bool:
+        """Whether a flush now would write to the socket itself."""
+    @property
+    def messages(self) -> int:
+        """In its outbox."""
+    @property
+    def bytes(self) -> int:
+        """In its outbox and in its transport."""
+    # ---- facts, told by the adapter
+    def direct(self, fd: int) -> None:
+        """The core may write to this descriptor: a plain, non-blocking stream socket. The adapter must tell all that
+        follows, and ``close`` before the descriptor is closed."""
+    def wrote(self) -> None:
+        """The library has written by itself, and the transport may not have got rid of it yet."""
+    def is_sure(self) -> None:
+        """It has."""
+    def fragment(self, under_way: bool) -> None:
+        """A fragmented message of the application begins or ends."""
+    def block(self, in_transport: int) -> None:
+        """So many bytes wait in the transport. ``writable`` must follow."""
+    def writable(self) -> None:
+        """The transport's write buffer is empty."""
+    def close(self) -> None:
+        """No data message may be sent any more; what waits is dropped."""
+    # ---- what goes through the adapter
+    def peek(self, max_bytes: int) -> tuple[bytes, int]:
+        """The first frames in one piece, at least one and no more than fit *max_bytes*, and how many they are."""
+    def peek_message(self) -> str | bytes | None:
+        """The first message as a library's ``send`` takes it; None: there is none."""
+    def commit(self, frames: int, in_transport: int, is_counted: bool = False) -> None:
+        """So many of the first frames were handed over, and the transport still has so many bytes. They are counted on
+        the record unless *is_counted*."""
+    def fail(self, frames: int) -> None:
+        """So many of the first frames could not be written: the connection is broken."""
+
+@final
+class Fanout:
+    """All links of a manager.
+
+    Args:
+        wake_up: called with a link that need not wait any longer, and may have something in line.
+        policy: 0 keep, 1 drop newest, 2 drop oldest, 3 conflate, 4 disconnect.
+        max_bytes, low_bytes: of one connection: the most that may wait, and where dropping ends.
+        max_age_ns: how long it may wait.
+        max_total_bytes: of everything that is kept.
+        helpers: threads that help to send; they start with the first flush of 64 connections or more.
+    """
+
+    def __init__(
+        self,
+        wake_up: Callable[[Link], object],
+        *,
+        policy: int,
+        max_bytes: int,
+        low_bytes: int,
+        max_age_ns: int,
+        max_total_bytes: int,
+        helpers: int = 0,
+    ) -> None: ...
+    def __len__(self) -> int: ...
+    def add_variant(self, encode: Callable[[bytes, bool], bytes]) -> int:
+        """The number of a kind of frames that are made from the payload, and whether it is text, by *encode*, and that
+        have RSV1 set. 0 are plain frames."""
+    def admit(self, record: ConnectionMeta, ws: Any, variant: int = 0) -> Link:
+        """A link for a record that has none; it is open."""
+    def forget(self, link: Link) -> None:
+        """Close it, and give up its record and its connection."""
+    def get(self, record: ConnectionMeta) -> Link | None: ...
+    def links(self) -> list[Link]: ...
+    @property
+    def has_waiting(self) -> bool: ...
+    def waiting(self) -> list[Link]:
+        """Links that are waiting."""
+    def message(self, payload: bytes | bytearray, is_text: bool, now_ns: int, key: str | None = None) -> Message: ...
+    def push(
+        self,
+        message: Message,
+        records: list[ConnectionMeta] | None,
+        left_out: Iterable[ConnectionMeta] = (),
+        is_late: bool = False,
+    ) -> list[ConnectionMeta]:
+        """Append to the outbox of each record, or of all links; to be flushed, if *is_late*, after ``end_window``.
+
+        Returns:
+            The records that have no link.
+        """
+    @property
+    def in_line(self) -> int:
+        """Links that the next flush begins with."""
+    @property
+    def queued_bytes(self) -> int:
+        """What is kept: messages, frames (each once), outboxes, and what transports have of blocked links."""
+    @property
+    def is_over(self) -> bool:
+        """Whether that is more than allowed."""
+    def end_window(self) -> None: ...
+    def flush(self, now_ns: int, slice_ns: int) -> list[tuple[Link, int, Any]]:
+        """Send to those in line until the slice has passed, at least to some.
+
+        Returns:
+            What is left to do: ``(link, THROUGH, None)``: write what it has through its adapter; ``(link, REST, data)``:
+            the link is blocked, and *data* must go to its transport; ``(link, FAILED, errno)``: it is closed.
+        """
+    @property
+    def helpers(self) -> int: ...
+    @helpers.setter
+    def helpers(self, value: int) -> None: ...
+    @property
+    def wants_reports(self) -> bool: ...
+    @wants_reports.setter
+    def wants_reports(self, value: bool) -> None: ...
+    def expire(self, now_ns: int) -> None:
+        """Judge the waiting links by age."""
+    def shed(self, now_ns: int) -> None:
+        """If too much is kept, take it from those for whom most waits."""
+    @property
+    def has_reports(self) -> bool: ...
+    def take_reports(self) -> list[tuple[Link, int, int, int, int, float]]:
+        """What has happened since: ``(link, what, cause, messages, bytes, age_s)``. *what*: 0 dropped, 1 conflated (both
+        only if they are wanted), 2 given up as too slow. *cause*: 0 bytes, 1 age, 2 the total, 3 closed."""
+    def stats(self) -> dict[str, Any]: ...
+    def close(self) -> None:
+        """End the helpers. What has links still works, on one thread."""
+
+def _live() -> dict[str, int] | None: ...
