@@ -1,4 +1,5 @@
-"""Builds the native core, ``wsfast._core`` and ``wsfast._fanout``, from ``csrc/``; all other configuration is in pyproject.toml.
+"""Builds the native core, ``wsfast._core`` and ``wsfast._fanout``, from ``csrc/``; all other configuration is in
+pyproject.toml.
 
 Switches, for developers, in the environment: ``WSFAST_DEBUG=1`` compiles assertions and live-object counters in,
 ``WSFAST_SANITIZE=address,undefined`` (or ``thread``) the sanitizers of the C compiler, and ``WSFAST_STRICT=1`` makes
@@ -31,7 +32,6 @@ if DEBUG:
 if SANITIZE:
     compile_args += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
     link_args += [f"-fsanitize={SANITIZE}"]
-
 
 
 def extension(name: str, sources: list[str]) -> Extension:

@@ -113,6 +113,10 @@ class Samples:
         """The median of *name* / *base*, divided within each repetition."""
         return median(a / b for a, b in zip(self._of[name], self._of[base], strict=True))
 
+    def ratio_to(self, other: Samples, name: str) -> float:
+        """The median of *name* divided by what *other* has of it, within each repetition."""
+        return median(a / b for a, b in zip(self._of[name], other._of[name], strict=True))
+
 
 def interleave(cases: Mapping[str, Callable[[_T], float]], repetitions: int, draw: Callable[[int], _T]) -> Samples:
     """Take a figure of each case in each repetition.

@@ -417,4 +417,6 @@ def run(report: Report) -> None:
         _targets(report, by_size, colliding[NATIVE])
 
 
-BENCHMARKS = (Benchmark("registry", "look-ups, changes, walks, memory of the registry, against dict and pure Python", run),)
+BENCHMARKS = (
+    Benchmark("registry", "look-ups, changes, walks, memory of the registry, against dict and pure Python", run),
+)

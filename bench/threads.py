@@ -7,14 +7,15 @@ Each thread has its own half of the connections, and goes through the ids of its
   ten look-ups.
 * *get*: the same ids, a call for each.
 
-The threads start from a barrier and work until the same moment; a thread's throughput is what it did divided by the time
-it took. (With a fixed amount of work for each, the wall clock would run until the slower of the two ends. On a machine
-whose cores slow down by turns that tells how uneven they were, and the faster thread would run alone at the end.) Ids
-are chosen before. One thread alone and two threads take turns, so a busy machine slows both. *Scaling* is the throughput
-of both threads divided by that of one. *Work* is the processor time of an id with two threads divided by the one of a thread
-alone: what the threads cost each other, without what other processes take from them. On two free cores that never wait
-for a lock, scaling is 2 / work. *Nothing shared* is a loop over ids that looks nothing up: its scaling is what the
-machine had to give. Where that is far from 2, other processes had the cores, and the rest tells little.
+The threads start from a barrier and work until the same moment; a thread's throughput is what it did divided by the
+time it took. (With a fixed amount of work for each, the wall clock would run until the slower of the two ends. On a
+machine whose cores slow down by turns that tells how uneven they were, and the faster thread would run alone at the
+end.) Ids are chosen before. One thread alone and two threads take turns, so a busy machine slows both. *Scaling* is
+the throughput of both threads divided by that of one. *Work* is the processor time of an id with two threads divided
+by the one of a thread alone: what the threads cost each other, without what other processes take from them. On two
+free cores that never wait for a lock, scaling is 2 / work. *Nothing shared* is a loop over ids that looks nothing up:
+its scaling is what the machine had to give. Where that is far from 2, other processes had the cores, and the rest
+tells little.
 
 Without a GIL, a thread counts references to objects that it made without atomic instructions, and all other ones with
 them. So there are two ways: each thread has made its ids and added its connections itself, as in a server with an event
@@ -249,4 +250,6 @@ def run(report: Report) -> None:
             report.at_least(what, by_work[work].ratio(_TWO, _ONE), least, "x")
 
 
-BENCHMARKS = (Benchmark("threads", "two threads against one; without the GIL they should be nearly twice as fast", run),)
+BENCHMARKS = (
+    Benchmark("threads", "two threads against one; without the GIL they should be nearly twice as fast", run),
+)

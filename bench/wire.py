@@ -1,9 +1,9 @@
 """Servers and receivers of the benchmarks that need sockets, each in a process of its own.
 
 It hides how processes are started, told what to do, and asked what came of it. A server is a Python process that runs
-one of :mod:`bench.servers`; the receivers are one C program (native/receiver.c), which the benchmark compiles: it reads
-as fast as the kernel lets it, checks every frame's header, and says on the machine's monotonic clock when the last byte of
-the last connection was there. Both are told what to do by lines on their standard input.
+one of :mod:`bench.servers`; the receivers are one C program (native/receiver.c), which the benchmark compiles: it
+reads as fast as the kernel lets it, checks every frame's header, and says on the machine's monotonic clock when the
+last byte of the last connection was there. Both are told what to do by lines on their standard input.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class _Process:
 class Receivers(_Process):
     """So many connections that read."""
 
-    def __init__(self, program: Path, port: int, count: int) -> None:
-        super().__init__([str(program), "127.0.0.1", str(port), str(count)])
+    def __init__(self, program: Path, port: int, count: int, buffer: int) -> None:
+        super().__init__([str(program), "127.0.0.1", str(port), str(count), str(buffer)])
         self.count = count
         self._read("ready")
 
@@ -141,11 +141,15 @@ class Rig:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def start(self, kind: str, connections: int, **settings: Any) -> tuple[Server, Receivers]:
-        """A server of this kind, and so many connections to it, all accepted."""
+    def start(self, kind: str, connections: int, *, buffer: int = 0, **settings: Any) -> tuple[Server, Receivers]:
+        """A server of this kind, and so many connections to it, all accepted; *buffer*: bytes that the kernel may
+        keep for each on either side, 0 for as many as it likes.
+        """
+        if buffer:
+            settings["buffer"] = buffer
         server = Server(kind, floor=str(self.floor), **settings)
         self._stack.callback(server.close)
-        receivers = Receivers(self._receiver, server.port, connections)
+        receivers = Receivers(self._receiver, server.port, connections, buffer)
         self._stack.callback(receivers.close)
         server.call("wait_for", connections=connections)
         return server, receivers

@@ -22,13 +22,14 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "connection": {"errors"},
     "_core": {"errors", "connection"},
+    "_fanout": {"errors", "_core"},
     "reference": {"errors", "connection"},
     "events": {"errors"},
     "adapters": set(),
-    "delivery": {"errors", "adapters"},
+    "delivery": {"errors", "adapters", "events", "_fanout"},
     "manager": {"errors", "connection", "_core", "reference", "adapters", "delivery", "events"},
     "adapters.websockets": {"errors", "adapters"},
-    "hub": {"errors", "events", "adapters", "adapters.websockets", "manager"},
+    "hub": {"errors", "events", "adapters", "adapters.websockets", "delivery", "manager"},
     "demo": {"errors", "hub"},
     "cli": {"", "errors"},
     "__init__": {"errors", "connection", "_core", "events", "delivery", "manager"},
@@ -46,6 +47,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "cli": {"click"},
 }
 
+NATIVE = {"_core", "_fanout"}
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(ROOT.rglob("*.py"))
@@ -79,7 +81,7 @@ class Imports(ast.NodeVisitor):
 
 def _is_module(name: str) -> bool:
     below = name.removeprefix("wsfast.")
-    return name.startswith("wsfast.") and (below in MODULES or below == "_core")
+    return name.startswith("wsfast.") and (below in MODULES or below in NATIVE)
 
 
 def imports_of(name: str) -> set[str]:
@@ -89,7 +91,7 @@ def imports_of(name: str) -> set[str]:
 
 
 def test_every_module_has_its_place() -> None:
-    assert set(MODULES) == set(ALLOWED) - {"_core"}
+    assert set(MODULES) == set(ALLOWED) - NATIVE
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -107,15 +109,16 @@ def test_waiting_and_libraries_are_where_they_belong(name: str) -> None:
     assert top - set(sys.stdlib_module_names) - {"wsfast"} <= THIRD_PARTY.get(name, set())
 
 
-def test_the_stubs_of_the_core_import_what_the_core_may() -> None:
+@pytest.mark.parametrize("name", NATIVE)
+def test_the_stubs_of_the_core_import_what_the_core_may(name: str) -> None:
     visitor = Imports()
-    visitor.visit(ast.parse((ROOT / "_core.pyi").read_text(encoding="utf-8")))
+    visitor.visit(ast.parse((ROOT / f"{name}.pyi").read_text(encoding="utf-8")))
     own = {found.removeprefix("wsfast.") for found in visitor.found if found.split(".")[0] == "wsfast"}
-    assert own <= ALLOWED["_core"]
+    assert own <= ALLOWED[name]
     assert "asyncio" not in visitor.found
 
 
-@pytest.mark.parametrize("name", [*NAMES, "wsfast._core"])
+@pytest.mark.parametrize("name", [*NAMES, "wsfast._core", "wsfast._fanout"])
 def test_each_module_can_be_imported_first(name: str) -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", f"import {name}"], check=True, cwd=ROOT.parent, timeout=60)
 
@@ -151,16 +154,22 @@ def _as_ruff_sorts(name: str) -> tuple[int, str]:
 def test_the_public_names_are_these() -> None:
     errors = importlib.import_module("wsfast.errors").__all__
     assert set(wsfast.__all__) == {
+        "Backpressure",
         "BroadcastResult",
+        "CloseReport",
         "ConnectionClosed",
         "ConnectionManager",
         "ConnectionMeta",
         "ConnectionOpened",
         "ConnectionStatus",
+        "ConnectionTooSlow",
         "DrainPolicy",
         "Event",
+        "MessageConflated",
+        "MessagesDropped",
         "Quality",
         "Registry",
+        "SendFailed",
         "__version__",
         "events",
         "fnv1_32",

@@ -1,7 +1,7 @@
 """The outboxes of one manager's connections and their way into the sockets, ``wsfast._fanout``.
 
-It is what ``wsfast.delivery`` stands on, and adapters tell a :class:`Link` what happens to their connection. Applications
-use neither. How it works is in csrc/fanout.h.
+It is what ``wsfast.delivery`` stands on, and adapters tell a :class:`Link` what happens to their connection.
+Applications use neither. How it works is in csrc/fanout.h.
 
 Numbers of bytes are of whole frames, but for counters of what was sent, which are of payloads. Times are nanoseconds of
 ``time.monotonic_ns``, and are passed in; only ``flush`` reads that clock itself, to know when its slice ends.
@@ -9,6 +9,7 @@ Numbers of bytes are of whole frames, but for counters of what was sent, which a
 Threads: the event loop's only. While ``flush`` has given up the GIL, a change from another thread is ``WrongThread``.
 """
 
+from builtins import bytes as _bytes
 from collections.abc import Callable, Iterable
 from typing import Any, Final, final
 
@@ -98,9 +99,9 @@ class Link:
     def close(self) -> None:
         """No data message may be sent any more; what waits is dropped."""
     # ---- what goes through the adapter
-    def peek(self, max_bytes: int) -> tuple[bytes, int]:
+    def peek(self, max_bytes: int) -> tuple[_bytes, int]:
         """The first frames in one piece, at least one and no more than fit *max_bytes*, and how many they are."""
-    def peek_message(self) -> str | bytes | None:
+    def peek_message(self) -> str | _bytes | None:
         """The first message as a library's ``send`` takes it; None: there is none."""
     def commit(self, frames: int, in_transport: int, is_counted: bool = False) -> None:
         """So many of the first frames were handed over, and the transport still has so many bytes. They are counted on
@@ -173,8 +174,9 @@ class Fanout:
         """Send to those in line until the slice has passed, at least to some.
 
         Returns:
-            What is left to do: ``(link, THROUGH, None)``: write what it has through its adapter; ``(link, REST, data)``:
-            the link is blocked, and *data* must go to its transport; ``(link, FAILED, errno)``: it is closed.
+            What is left to do: ``(link, THROUGH, None)``: write what it has through its adapter; ``(link, REST,
+            data)``: the link is blocked, and *data* must go to its transport; ``(link, FAILED, errno)``: it is
+            closed.
         """
     @property
     def helpers(self) -> int: ...
@@ -191,8 +193,9 @@ class Fanout:
     @property
     def has_reports(self) -> bool: ...
     def take_reports(self) -> list[tuple[Link, int, int, int, int, float]]:
-        """What has happened since: ``(link, what, cause, messages, bytes, age_s)``. *what*: 0 dropped, 1 conflated (both
-        only if they are wanted), 2 given up as too slow. *cause*: 0 bytes, 1 age, 2 the total, 3 closed."""
+        """What has happened since: ``(link, what, cause, messages, bytes, age_s)``. *what*: 0 dropped, 1 conflated
+        (both only if they are wanted), 2 given up as too slow. *cause*: 0 bytes, 1 age, 2 the total, 3 closed.
+        """
     def stats(self) -> dict[str, Any]: ...
     def close(self) -> None:
         """End the helpers. What has links still works, on one thread."""

@@ -71,6 +71,25 @@ def _uvloop_option(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option("--compression/--no-compression", default=False, help="Offer permessage-deflate.")
 @click.option(
+    "--slow-clients",
+    type=click.Choice(["disconnect", "drop_newest", "drop_oldest", "keep"]),
+    default="disconnect",
+    help="What becomes of a client for which too much waits; disconnected with 1013, it may come back.",
+)
+@click.option("--max-queued-bytes", default=2**20, type=_POSITIVE, help="Most that may wait for one client.")
+@click.option(
+    "--max-queued-s",
+    default=30.0,
+    type=click.FloatRange(min=0, min_open=True),
+    help="Seconds that it may wait.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(1, 16),
+    show_default="one for each core, at most 4",
+    help="Threads that write to sockets.",
+)
+@click.option(
     "--drain-timeout",
     default=10.0,
     type=click.FloatRange(min=0),

@@ -7,8 +7,8 @@ What it promises:
   before anything else can happen on the loop. What the application sends by itself, with the library's own ``send``,
   leaves when it calls that: before what waits in the outbox, and never inside a message.
 - **One write.** Outboxes are flushed at the end of the loop's turn; all that a connection has pending leaves with one
-  system call. A fan-out holds the loop for about a millisecond at a time. Until the rest has left, messages that are sent
-  meanwhile queue up behind it.
+  system call. A fan-out holds the loop for about a millisecond at a time. Until the rest has left, messages that are
+  sent meanwhile queue up behind it.
 - **Targets** are those who match at the moment of the call.
 - **Slow peers** are waited for by nobody but ``send``. What a socket does not take is queued here, up to the limits of
   :class:`Backpressure`.
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     Excluded: TypeAlias = str | ConnectionMeta | Iterable[str | ConnectionMeta] | None
 
-__all__ = ["TOO_SLOW", "Backpressure", "BroadcastResult", "Delivery", "Message", "Undelivered"]
+__all__ = ["BACKPRESSURE", "TOO_SLOW", "Backpressure", "BroadcastResult", "Delivery", "Message", "Undelivered"]
 
 logger = logging.getLogger(__name__)
 
@@ -98,10 +98,11 @@ class Backpressure:
             ``drop_newest``
                 Drop new messages until what waits has sunk to ``resume_below``. Beyond the age, drop what is too old.
             ``drop_oldest``
-                Drop the oldest until what waits, with the new message, has sunk to ``resume_below``; and what is too old.
+                Drop the oldest until what waits, with the new message, has sunk to ``resume_below``; and what is too
+                old.
             ``conflate``
-                A message with a ``key`` replaces one with the same key that has not left yet, in its place. For the rest,
-                as ``drop_oldest``.
+                A message with a ``key`` replaces one with the same key that has not left yet, in its place. For the
+                rest, as ``drop_oldest``.
             ``keep``
                 Drop nothing for one connection's limits: only ``max_total_bytes`` holds.
         resume_below: where dropping ends, as a share of ``max_bytes``. Also where a ``send`` that waits goes on.
@@ -132,6 +133,10 @@ class Backpressure:
             raise InvalidSetting("backpressure.resume_below", self.resume_below, "from 0 to 1")
         if not self.max_total_bytes >= 1:
             raise InvalidSetting("backpressure.max_total_bytes", self.max_total_bytes, "1 or more")
+
+
+BACKPRESSURE = Backpressure()
+"""The default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,6 +350,7 @@ class Delivery:
     ) -> Encoded:
         encoded = self._encode(message, key)
         excluded = self._records(exclude, "exclude")
+        records: list[ConnectionMeta] | None
         if to is not None:
             if not (group is None and user is None and tag is None):
                 raise TypeError("to= cannot be combined with group=, user= or tag=")

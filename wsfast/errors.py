@@ -225,8 +225,9 @@ class PeerClosed(PeerError):
 
 
 class PeerTooSlow(PeerError):
-    """A message was dropped because too much waits for this connection. What is too much, and that it is dropped, is the
-    manager's ``Backpressure``."""
+    """A message was dropped because too much waits for this connection. What is too much, and that it is dropped, is
+    the manager's ``Backpressure``.
+    """
 
     def __str__(self) -> str:
         return f"connection {_shown(self.client_id)} is too slow: a message to it was dropped"

@@ -90,8 +90,9 @@ class ConnectionClosed(Event):
 
 
 Cause = Literal["bytes", "age", "budget", "closed"]
-"""Why something that waited for a connection was given up: too many bytes wait for it, the oldest has waited too long, all
-connections together have too many, or the connection has ended."""
+"""Why something that waited for a connection was given up: too many bytes wait for it, the oldest has waited too
+long, all connections together have too many, or the connection has ended.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,9 +33,9 @@ What cannot be done is answered by ``{"type": "error", "code": ..., "reason": ..
 a UTF-8 form), ``not_an_object``, ``missing_field``, ``wrong_type``, ``bad_value``, ``unknown_type``, ``bad_name``,
 ``too_many_groups``, ``not_a_member``, ``not_connected``.
 
-Close codes: 1008 with the reason if the ids of the URL cannot be used or the client id is taken; 1009 for a message
-of more than four times the limit, which is not even read; 4409 for a client whose id was taken over (``on_duplicate=
-"replace"``); 1001 when the server ends.
+Close codes: 1013 for a client that reads too slowly; 1008 with the reason if the ids of the URL cannot be used or the
+client id is taken; 1009 for a message of more than four times the limit, which is not even read; 4409 for a client
+whose id was taken over (``on_duplicate="replace"``); 1001 when the server ends.
 
 Not done here: authentication. The ids of the URL are taken on trust.
 """
@@ -60,6 +60,7 @@ from websockets.typing import Origin
 
 from wsfast.adapters import adapter_for
 from wsfast.adapters.websockets import serve
+from wsfast.delivery import Backpressure
 from wsfast.errors import (
     DetachedRecord,
     InvalidName,
@@ -94,9 +95,6 @@ _MAX_REF = 2**53 - 1
 _DEFAULT_PAGE = 100
 _MAX_PAGE = 1000
 
-# A client can put thousands of small messages into one packet; between this many of them others get their turn.
-_MESSAGES_PER_TURN = 16
-
 # Connections that have not finished their opening handshake when the server ends are not waited for longer.
 _HANDSHAKE_GRACE_S = 1.0
 
@@ -116,6 +114,9 @@ class HubSettings:
             browsers, are always let in.
         on_duplicate: what becomes of a client whose id is taken: "reject" it, or "replace" the older connection.
         compression: whether permessage-deflate is offered. It costs memory and time for each connection.
+        slow_clients, max_queued_bytes, max_queued_s: what becomes of a client that reads too slowly, and how slow that
+            is: ``policy``, ``max_bytes`` and ``max_age_s`` of ``Backpressure``.
+        threads: that write to sockets; None: as many as there are cores, but no more than 4.
     """
 
     host: str = "127.0.0.1"
@@ -130,6 +131,10 @@ class HubSettings:
     origins: tuple[str, ...] = ()
     on_duplicate: Literal["reject", "replace"] = "reject"
     compression: bool = False
+    slow_clients: Literal["disconnect", "drop_newest", "drop_oldest", "keep"] = "disconnect"
+    max_queued_bytes: int = 2**20
+    max_queued_s: float = 30.0
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_message_bytes < 1:
@@ -174,6 +179,10 @@ class Hub:
             max_groups=settings.max_groups,
             # What goes out is what came in, in an envelope, with numbers perhaps written differently.
             max_message_bytes=2**20 + 16 * settings.max_message_bytes,
+            backpressure=Backpressure(
+                policy=settings.slow_clients, max_bytes=settings.max_queued_bytes, max_age_s=settings.max_queued_s
+            ),
+            threads=settings.threads,
         )
         self.manager.on(ConnectionOpened, _log_opened)
         self.manager.on(ConnectionClosed, _log_closed)
@@ -276,12 +285,8 @@ class Hub:
                     }
                 )
             )
-            count = 0
             async for message in ws:
                 await conn.send(await self._answer(conn, message))
-                count += 1
-                if count % _MESSAGES_PER_TURN == 0:
-                    await asyncio.sleep(0)
         except (PeerError, DetachedRecord, LinkClosed):
             return  # the connection has ended, which _log_closed tells
         except Exception:
@@ -335,15 +340,16 @@ class Hub:
         if ("client_id" in request) == ("user_id" in request):
             raise Refused("missing_field", "either client_id or user_id is needed")
         message = _encode({"type": "direct", "from": conn.client_id, "data": _field(request, "data")})
+        # Not `send`, which waits for a peer that is slow: the client that asks has nothing to do with that.
         if "client_id" in request:
-            try:
-                await self.manager.send(_text(request, "client_id"), message)
-            except (UnknownConnection, PeerError) as error:
-                raise Refused("not_connected", str(error)) from None
-            return {"type": "sent", "receivers": 1}
-        result = await self.manager.send_to_user(_text(request, "user_id"), message)
+            client_id = _text(request, "client_id")
+            result = await self.manager.broadcast(message, to=[client_id])
+            why = str(UnknownConnection(client_id)) if not result.targets else "the client is going, or too slow"
+        else:
+            result = await self.manager.send_to_user(_text(request, "user_id"), message)
+            why = "the user has no connection"
         if not result.sent + result.queued:
-            raise Refused("not_connected", "the user has no connection")
+            raise Refused("not_connected", why)
         return {"type": "sent", "receivers": result.sent + result.queued}
 
     async def _who(self, conn: Connection, request: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from wsfast import reference
 from wsfast._core import ConnectionMeta, Registry
 from wsfast.adapters import Closed, adapter_for
 from wsfast.connection import ConnectionStatus, Verbs
-from wsfast.delivery import Backpressure, BroadcastResult, Delivery, Message, Tag, Undelivered
+from wsfast.delivery import BACKPRESSURE, Backpressure, BroadcastResult, Delivery, Message, Tag, Undelivered
 from wsfast.errors import (
     DuplicateConnection,
     ForeignRecord,
@@ -191,7 +191,7 @@ class ConnectionManager:
         max_message_bytes: int = 16 * 2**20,
         max_queued_events: int = 10_000,
         drain: DrainPolicy = DrainPolicy(),
-        backpressure: Backpressure = Backpressure(),
+        backpressure: Backpressure = BACKPRESSURE,
         threads: int | None = None,
     ) -> None:
         if max_message_bytes < 1:
@@ -319,9 +319,9 @@ class ConnectionManager:
     async def send(self, target: str | ConnectionMeta, message: Message, *, key: str | None = None) -> None:
         """Send a message to one connection.
 
-        It leaves at the end of the loop's turn, behind all that was sent before. If the peer keeps up, this returns when
-        the kernel has the message. If not, it returns when what waits has sunk to ``Backpressure.resume_below``, so that
-        whoever sends in a loop is held back.
+        It leaves at the end of the loop's turn, behind all that was sent before. If the peer keeps up, this returns
+        when the kernel has the message. If not, it returns when what waits has sunk to ``Backpressure.resume_below``,
+        so that whoever sends in a loop is held back.
 
         Args:
             target: a client id or a record.
@@ -377,9 +377,7 @@ class ConnectionManager:
         Cost: some 100 ns for each target, and what the kernel takes for it.
         """
         self._check("broadcast")
-        return await self._delivery.broadcast(
-            message, group=group, user=user, tag=tag, to=to, exclude=exclude, key=key
-        )
+        return await self._delivery.broadcast(message, group=group, user=user, tag=tag, to=to, exclude=exclude, key=key)
 
     def broadcast_nowait(
         self,
@@ -455,8 +453,8 @@ class ConnectionManager:
         ``writes_blocked`` and ``writes_failed``: of both, those that were not taken as a whole, and those refused.
         ``waiting``: connections that are waited for now; ``queued_bytes``: what is kept for all connections now.
         ``conflated``, ``dropped_by_bytes``, ``dropped_by_age``, ``dropped_by_budget``, ``dropped_by_closed``: messages
-        that were not sent, by cause. ``too_slow_by_bytes``, ``too_slow_by_age``, ``too_slow_by_budget``: connections that
-        were given up.
+        that were not sent, by cause. ``too_slow_by_bytes``, ``too_slow_by_age``, ``too_slow_by_budget``: connections
+        that were given up.
         """
         return {
             **cast("dict[str, int]", self._registry.stats()),
@@ -592,9 +590,7 @@ class ConnectionManager:
         if self._farewells:
             await asyncio.wait(self._farewells)
 
-    async def _drain_and_close(
-        self, attachment: Attachment, until: float, undelivered: list[Undelivered]
-    ) -> None:
+    async def _drain_and_close(self, attachment: Attachment, until: float, undelivered: list[Undelivered]) -> None:
         timeout_s = max(0.0, until - asyncio.get_running_loop().time())
         left = await self._delivery.drained(attachment.record, timeout_s)
         if left is not None:

@@ -1,4 +1,4 @@
-/* WebSocket clients that only receive: receiver HOST PORT COUNT.
+/* WebSocket clients that only receive: receiver HOST PORT COUNT RCVBUF (bytes; 0: as the system has it).
  *
  * Connects COUNT times, prints `ready`, and then obeys lines on standard input:
  *
@@ -38,7 +38,7 @@ typedef struct {
 } peer;
 
 static peer *peers;
-static int peer_count, epoll;
+static int peer_count, epoll, receive_buffer;
 static uint64_t want_frames, want_bytes;
 static int waiting; /* peers that have not got all yet */
 static int judged;  /* whether there is a round */
@@ -99,6 +99,8 @@ static int dial(const char *host, int port, int number)
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), one = 1;
     inet_pton(AF_INET, host, &to.sin_addr);
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    if (receive_buffer != 0)
+        setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &receive_buffer, sizeof receive_buffer);
     if (fd < 0 || bind(fd, (struct sockaddr *)&from, sizeof from) != 0 ||
         connect(fd, (struct sockaddr *)&to, sizeof to) != 0)
         fail("connection %d: %s", number, strerror(errno));
@@ -260,8 +262,9 @@ static void read_commands(void)
 int main(int argc, char **argv)
 {
     struct rlimit files;
-    if (argc != 4)
-        fail("usage: receiver HOST PORT COUNT");
+    if (argc != 5)
+        fail("usage: receiver HOST PORT COUNT RCVBUF");
+    receive_buffer = atoi(argv[4]);
     getrlimit(RLIMIT_NOFILE, &files);
     files.rlim_cur = files.rlim_max;
     setrlimit(RLIMIT_NOFILE, &files);

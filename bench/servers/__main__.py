@@ -1,8 +1,9 @@
 """The servers that the benchmarks with sockets measure: ``python -m bench.servers KIND SETTINGS``, told what to do on
 standard input; see :mod:`bench.wire`.
 
-``wsfast``: the ``websockets`` library's server with a wsfast manager. On the same live connections it also runs the floor
-and ``websockets.broadcast``, so that these differ in nothing but the way of sending. ``picows``: a server of that library.
+``wsfast``: the ``websockets`` library's server with a wsfast manager. On the same live connections it also runs the
+floor and ``websockets.broadcast``, so that these differ in nothing but the way of sending. ``picows``: a server of
+that library.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import gc
 import json
 import logging
 import resource
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -22,8 +24,9 @@ from typing import Any
 
 from websockets.asyncio.server import ServerConnection, broadcast
 
-from wsfast import Backpressure, ConnectionManager, ConnectionTooSlow, MessagesDropped
+from wsfast import Backpressure, ConnectionManager
 from wsfast.adapters.websockets import serve
+
 
 def _frame(payload: bytes) -> bytes:
     """What a server sends for a text message (RFC 6455, 5.2), as the floor sends it."""
@@ -35,14 +38,16 @@ def _frame(payload: bytes) -> bytes:
 class WsfastServer:
     """``websockets`` with a manager."""
 
-    def __init__(self, floor: str, threads: int = 2, backpressure: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, floor: str, threads: int = 2, backpressure: dict[str, Any] | None = None, buffer: int = 0
+    ) -> None:
+        self._buffer = buffer
         self._floor = ctypes.CDLL(floor).floor_send
         self._floor.restype = ctypes.c_long
         self._floor.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int]
         self.manager = ConnectionManager(threads=threads, backpressure=Backpressure(**(backpressure or {})))
         self._connections: list[ServerConnection] = []
         self._fds: Any = None
-        self.counts = {"dropped": 0, "disconnected": 0}
 
     async def start(self) -> int:
         await self.manager.start()
@@ -53,6 +58,9 @@ class WsfastServer:
 
     async def _handle(self, ws: ServerConnection) -> None:
         self._connections.append(ws)
+        if self._buffer:
+            sock = ws.transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._buffer)
         await ws.wait_closed()
 
     async def wait_for(self, connections: int) -> None:
@@ -96,9 +104,10 @@ class WsfastServer:
 
     # ---- the loop's delay
 
-    async def stall(self, size: int, seconds: float, how: str) -> list[float]:
+    async def stall(self, size: int, seconds: float, how: str, threads: int) -> list[float]:
         """Delays in seconds of a timer of 1 ms, while every connection gets a message each second."""
         text, delays = "x" * size, []
+        self.manager.threads = threads
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
 
@@ -131,18 +140,8 @@ class WsfastServer:
             await asyncio.sleep(pause_s)
         return {"begin_ns": begin_ns, **self.manager.stats()}
 
-    async def watch(self) -> None:
-        def dropped(event: MessagesDropped) -> None:
-            self.counts["dropped"] += event.messages
-
-        def disconnected(_: ConnectionTooSlow) -> None:
-            self.counts["disconnected"] += 1
-
-        self.manager.on(MessagesDropped, dropped)
-        self.manager.on(ConnectionTooSlow, disconnected)
-
-    async def seen(self) -> dict[str, int]:
-        return self.counts
+    async def stats(self) -> dict[str, int]:
+        return self.manager.stats()
 
 
 class PicowsServer:

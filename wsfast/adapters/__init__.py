@@ -38,12 +38,15 @@ class Framing(NamedTuple):
 
     key: Hashable
     encode: Callable[[bytes, bool], bytes] | None = None
-    """Compresses a payload, given whether it is text, for a frame with RSV1 set (RFC 7692, 6.1); None: not compressed."""
+    """Compresses a payload, given whether it is text, for a frame with RSV1 set (RFC 7692, 6.1); None: not
+    compressed.
+    """
 
 
 PLAIN = Framing("plain")
-"""One frame, as RFC 6455, 5.2 has it. Allowed also for a connection that negotiated permessage-deflate: RSV1=0 says that
-a message is not compressed (RFC 7692, 6), and the compression of others is as if it had not been there."""
+"""One frame, as RFC 6455, 5.2 has it. Allowed also for a connection that negotiated permessage-deflate: RSV1=0 says
+that a message is not compressed (RFC 7692, 6), and the compression of others is as if it had not been there.
+"""
 
 
 class Adapter(Protocol):
@@ -99,7 +102,9 @@ class Adapter(Protocol):
         """Hand bytes of frames to the transport without waiting; returns how many bytes are then in its buffer."""
 
     def when_written(self, ws: Any, link: Link) -> None:
-        """Call ``link.writable()`` on the loop's thread once the transport's write buffer is empty; at once if it is."""
+        """Call ``link.writable()`` on the loop's thread once the transport's write buffer is empty; at once if it
+        is.
+        """
 
     def counts_sent(self, ws: Any) -> bool:
         """Whether the adapter itself counts the messages that go through ``send`` on the record."""

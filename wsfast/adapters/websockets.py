@@ -15,14 +15,14 @@ What passes between the opening handshake and the registration is counted too, o
 A connection of the library's own ``serve`` can be attached as well. Then the messages that the manager sends are
 counted, and the handler may report the others with ``conn.received`` and ``conn.sent``.
 
-How it is done: the connection and its protocol are given subclasses that override documented methods (``data_received``,
-``connection_lost``, ``pause_writing`` and ``resume_writing`` of asyncio protocols, ``send_text``, ``send_binary``,
-``send_continuation`` and ``state`` of the sans-I/O protocol), ``process_event`` and ``send_data``. Nothing is wrapped per
-instance, so no reference cycle is added.
+How it is done: the connection and its protocol are given subclasses that override documented methods
+(``data_received``, ``connection_lost``, ``pause_writing`` and ``resume_writing`` of asyncio protocols, ``send_text``,
+``send_binary``, ``send_continuation`` and ``state`` of the sans-I/O protocol), ``process_event`` and ``send_data``.
+Nothing is wrapped per instance, so no reference cycle is added.
 
-These callbacks also tell the core when it may write to the socket itself: while the connection is open, not in the middle
-of a fragmented message, and nothing waits in the transport. A connection of the library's own ``serve`` gets the same
-frames through its transport.
+These callbacks also tell the core when it may write to the socket itself: while the connection is open, not in the
+middle of a fragmented message, and nothing waits in the transport. A connection of the library's own ``serve`` gets
+the same frames through its transport.
 """
 
 from __future__ import annotations
@@ -185,7 +185,8 @@ def _is_plain_socket(ws: ServerConnection) -> bool:
 
 
 def _await_empty_buffer(ws: ServerConnection) -> None:
-    """Make the transport call ``pause_writing`` now, if anything is in its buffer, and ``resume_writing`` once it is empty.
+    """Make the transport call ``pause_writing`` now, if anything is in its buffer, and ``resume_writing`` once it is
+    empty.
 
     That is the only way to learn of it. The library's own writers wait meanwhile, as for any slow peer.
     """
@@ -342,12 +343,14 @@ class _Traffic:
 
 
 class _CountingProtocol(ServerProtocol):
-    """A ``ServerProtocol`` that counts the messages it is told to send (all of the library's pass through here), and tells
-    the link what the direct path must know: whether the connection is open, and whether a message is in fragments."""
+    """A ``ServerProtocol`` that counts the messages it is told to send (all of the library's pass through here), and
+    tells the link what the direct path must know: whether the connection is open, and whether a message is in
+    fragments.
+    """
 
     wsfast_traffic: _Traffic
 
-    @ServerProtocol.state.setter  # type: ignore[attr-defined]
+    @ServerProtocol.state.setter  # type: ignore[attr-defined, untyped-decorator]
     def state(self, state: State) -> None:
         ServerProtocol.state.fset(self, state)  # type: ignore[attr-defined]
         link = self.wsfast_traffic.link
