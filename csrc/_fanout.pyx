@@ -60,6 +60,7 @@ cdef void _count_nothing(wsf_link *link, uint64_t messages, uint64_t bytes) noex
 
 
 @cython.final
+@cython.no_gc_clear  # the frames are charged to the account of the fan-out
 cdef class Message:
     cdef wsf_message *message
     cdef wsf_frame *frames[WSF_MAX_VARIANTS]
@@ -220,6 +221,10 @@ cdef class Link:
         wsf_link_clear(fanout, self.link, WSF_BLOCKED | WSF_UNSURE)
         (<Fanout>self.fanout).wake(self)
 
+    def finish(self):
+        if self.of() != NULL and self.link.facts & WSF_OPEN and self.link.outbox.count != 0:
+            (<Fanout>self.fanout).hand_over(self)
+
     def close(self):
         cdef wsf_fanout *fanout = self.of()
         if fanout != NULL:
@@ -301,11 +306,12 @@ cdef class Fanout:
     cdef unsigned wanted_helpers
     cdef bint is_sending
     cdef object wake_up  # called when a link that waited can be flushed
+    cdef object hand_over  # called when all that a link has must go to its transport
     cdef list encoders  # of the variants from 1
     cdef wsf_link **targets
     cdef size_t target_capacity
 
-    def __cinit__(self, wake_up, *, policy, max_bytes, low_bytes, max_age_ns, max_total_bytes, helpers=0):
+    def __cinit__(self, wake_up, hand_over, *, policy, max_bytes, low_bytes, max_age_ns, max_total_bytes, helpers=0):
         cdef wsf_limits limits
         memset(&limits, 0, sizeof(limits))
         limits.policy = <uint32_t>_whole(policy, "policy", 0)
@@ -317,6 +323,7 @@ cdef class Fanout:
             raise InvalidSetting("policy", policy, "the number of a policy")
         self.wanted_helpers = <unsigned>min(_whole(helpers, "helpers", 0), <uint64_t>WSF_MAX_HELPERS)
         self.wake_up = wake_up
+        self.hand_over = hand_over
         self.encoders = []
         self.fanout = wsf_fanout_new(&limits)
         if self.fanout == NULL:
@@ -327,7 +334,7 @@ cdef class Fanout:
             with nogil:
                 wsf_pool_free(self.pool)
         if self.fanout != NULL:
-            wsf_fanout_free(self.fanout)
+            wsf_fanout_free(self.fanout)  # __del__ has forgotten the links
         PyMem_RawFree(self.targets)
 
     def __repr__(self):

@@ -96,6 +96,9 @@ class Link:
         """So many bytes wait in the transport. ``writable`` must follow."""
     def writable(self) -> None:
         """The transport's write buffer is empty."""
+    def finish(self) -> None:
+        """The connection is about to be closed from here: what waits is handed to the transport, before the close frame
+        is."""
     def close(self) -> None:
         """No data message may be sent any more; what waits is dropped."""
     # ---- what goes through the adapter
@@ -115,6 +118,7 @@ class Fanout:
 
     Args:
         wake_up: called with a link that need not wait any longer, and may have something in line.
+        hand_over: called with a link all of whose outbox must go to its transport now.
         policy: 0 keep, 1 drop newest, 2 drop oldest, 3 conflate, 4 disconnect.
         max_bytes, low_bytes: of one connection: the most that may wait, and where dropping ends.
         max_age_ns: how long it may wait.
@@ -125,6 +129,7 @@ class Fanout:
     def __init__(
         self,
         wake_up: Callable[[Link], object],
+        hand_over: Callable[[Link], object],
         *,
         policy: int,
         max_bytes: int,

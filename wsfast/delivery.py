@@ -40,7 +40,7 @@ from wsfast.events import ConnectionTooSlow, MessageConflated, MessagesDropped, 
 
 if TYPE_CHECKING:
     from wsfast._core import ConnectionMeta, Registry
-    from wsfast.adapters import Adapter
+    from wsfast.adapters import Adapter, Framing
     from wsfast.events import Cause, EventBus
 
     Excluded: TypeAlias = str | ConnectionMeta | Iterable[str | ConnectionMeta] | None
@@ -206,6 +206,7 @@ class Delivery:
         self._give_up = give_up
         self._fanout = Fanout(
             self._writable,
+            self.finish,
             policy=_POLICIES.index(backpressure.policy),
             max_bytes=backpressure.max_bytes,
             low_bytes=self._low_bytes,
@@ -216,6 +217,8 @@ class Delivery:
         # Of the registry, by the manager.
         self._admitted = self._forgotten = 0
         self._variants: dict[Hashable, int] = {}
+        # Links to which only the library can send.
+        self._by_library: set[Link] = set()
         self._flush_handle: asyncio.Handle | None = None
         self._window: asyncio.TimerHandle | None = None
         self._look: asyncio.TimerHandle | None = None
@@ -243,12 +246,31 @@ class Delivery:
 
     def admit(self, record: ConnectionMeta, ws: object, adapter: Adapter) -> Link:
         """Begin with a connection: from now on, what is sent to *record* goes to *ws*."""
-        link = self._fanout.admit(record, ws, self._variant(adapter, ws))
+        framing = adapter.framing(ws)
+        link = self._fanout.admit(record, ws, 0 if framing is None else self._variant(framing))
+        if framing is None:
+            self._by_library.add(link)
         self._admitted += 1
         return link
 
+    def finish(self, link: Link) -> None:
+        """Hand all that waits for a connection to its transport, which ends it after that."""
+        record, ws = link.record, link.ws
+        if record is None:
+            return
+        adapter = adapter_for(ws)
+        try:
+            while link.is_open and link.messages and adapter.is_open(ws):
+                if link in self._by_library or adapter.is_fragmenting(ws):
+                    return
+                data, frames = link.peek(_WRITE_BYTES)
+                link.commit(frames, adapter.write(ws, data))
+        except Exception as error:
+            self._fail(link, error)
+
     def forget(self, link: Link) -> None:
         """End with a connection. What waits for it is dropped."""
+        self._by_library.discard(link)
         link.close()
         self._publish()
         self._fanout.forget(link)
@@ -260,10 +282,9 @@ class Delivery:
         link = self._fanout.get(record)
         return (0, 0) if link is None else (link.messages + (link.is_blocked and link.messages == 0), link.bytes)
 
-    def _variant(self, adapter: Adapter, ws: object) -> int:
-        """The number of the frames that *ws* gets."""
-        framing = adapter.framing(ws)
-        if framing is None or framing.encode is None:
+    def _variant(self, framing: Framing) -> int:
+        """The number of the frames that this framing needs."""
+        if framing.encode is None:
             return 0
         number = self._variants.get(framing.key)
         if number is None:
@@ -511,7 +532,7 @@ class Delivery:
         if not adapter.is_open(ws):
             link.close()
             return
-        if adapter.framing(ws) is None or adapter.is_fragmenting(ws):
+        if link in self._by_library or adapter.is_fragmenting(ws):
             self._send_by_library(link, ws, adapter)
             return
         in_buffer = adapter.buffered(ws)
@@ -616,14 +637,13 @@ class Delivery:
         link = self._fanout.get(record)
         if link is None:
             return None
-        if self._fanout.in_line:
-            await self._next_flush()
         try:
             async with asyncio.timeout(timeout_s):
                 while link.is_open and link.bytes:
                     if link.is_waiting:
                         await self._wait_for_room(link, 0)
                     else:
+                        self._fanout.end_window()
                         await self._next_flush()
         except TimeoutError:
             return Undelivered(record.client_id, *self.waits_for(record))

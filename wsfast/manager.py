@@ -431,6 +431,7 @@ class ConnectionManager:
             self._registry.remove(record)
             return
         record.status = ConnectionStatus.CLOSING
+        self._delivery.finish(attachment.link)
         try:
             await attachment.adapter.close(attachment.ws, code, reason)
         except Exception as error:
@@ -674,6 +675,8 @@ class Attachment:
             return
         self.ended = True
         manager, record = self.manager, self.record
+        # If the connection lives on for a moment, it gets what waits for it before it is closed.
+        manager._delivery.finish(self.link)
         closed = self.adapter.closed(self.ws) or otherwise
         wanted = manager._events.wants(ConnectionClosed)
         if wanted and last_words is None:
@@ -691,6 +694,7 @@ class Attachment:
 
 
 async def _close_quietly(attachment: Attachment, closed: Closed) -> None:
+    attachment.manager._delivery.finish(attachment.link)
     try:
         await attachment.adapter.close(attachment.ws, closed.code, closed.reason)
     except asyncio.CancelledError:

@@ -84,7 +84,7 @@ class WebsocketsAdapter:
     def attach(self, ws: ServerConnection, link: Link, lost: Callable[[], None]) -> Callable[[], object]:
         if isinstance(ws, _ManagedMixin):
             ws.wsfast_traffic.begin(link, lost)
-            if _is_plain_socket(ws):
+            if _is_plain_socket(ws) and self.framing(ws) is not None:
                 link.direct(ws.transport.get_extra_info("socket").fileno())
             if ws.transport.get_write_buffer_size():
                 link.wrote()
@@ -179,7 +179,7 @@ def _is_plain_socket(ws: ServerConnection) -> bool:
     return (
         sock is not None
         and transport.get_extra_info("ssl_object") is None
-        and sock.type & socket.SOCK_STREAM != 0
+        and sock.type == socket.SOCK_STREAM
         and sock.fileno() >= 0
     )
 
@@ -371,6 +371,12 @@ class _CountingProtocol(ServerProtocol):
         if fin and self.wsfast_traffic.link is not None:
             self.wsfast_traffic.link.fragment(False)
 
+    def send_close(self, *args: Any, **options: Any) -> None:
+        # What was sent before leaves before: the close frame is not in the transport yet.
+        if self.wsfast_traffic.link is not None:
+            self.wsfast_traffic.link.finish()
+        super().send_close(*args, **options)
+
     def _sent(self, data: Any, fin: bool) -> None:
         self.wsfast_traffic.sent(_size(data), fin)
         if not fin and self.wsfast_traffic.link is not None:
@@ -420,14 +426,11 @@ class _ManagedMixin(ServerConnection):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        link = self.wsfast_traffic.link
-        if link is None:
-            return
         if self.transport.get_write_buffer_size():
-            _await_empty_buffer(self)
-        else:
-            _restore_limits(self)
-            link.writable()
+            return  # of the library's own low-water mark; nobody has asked for more
+        _restore_limits(self)
+        if self.wsfast_traffic.link is not None:
+            self.wsfast_traffic.link.writable()
 
     def process_event(self, event: Any) -> None:
         if isinstance(event, Frame) and event.opcode in DATA_OPCODES:
