@@ -69,9 +69,6 @@ cdef int _ONLINE_STATE = <int>ConnectionStatus.ONLINE
 cdef tuple _NO_ARGUMENTS = ()
 cdef object _EMPTY_MAPPING = MappingProxyType({})
 cdef frozenset _NO_PERMISSIONS = frozenset()
-# How many device types and permission sets a registry remembers to store equal ones once. Beyond it forgets them all
-# and begins again, so hostile variety costs sharing, not memory.
-cdef Py_ssize_t _SHARED_VALUES = 1024
 
 if [int(_status) for _status in ConnectionStatus] != list(range(len(ConnectionStatus))):
     raise ImportError("wsfast.connection does not match this build of wsfast._core")
@@ -163,7 +160,29 @@ cdef dict _mapping(object values, str argument, str kind, int64_t limit):
     return {_name(key, kind, limit): value for key, value in values.items()}
 
 
+cdef bint _all_exact_str(frozenset values) except -1:
+    for value in values:
+        if not PyUnicode_CheckExact(value):
+            return False
+    return True
+
+
 # ---- settings ----------------------------------------------------------------------------------------------------------
+
+
+@cython.final
+@cython.no_gc
+cdef class _Shared:
+    """A device type or permission set that is stored once, and how many attached records use it."""
+
+    cdef object value
+    cdef Py_ssize_t uses
+
+
+cdef inline _Shared _make_shared(object value):
+    cdef _Shared shared = _Shared.__new__(_Shared)
+    shared.value = value
+    return shared
 
 
 @cython.final
@@ -175,23 +194,52 @@ cdef class _Settings:
     cdef object clock
     cdef object wall_clock
     cdef object registry  # weak reference
-    cdef dict values  # device types and permission sets, each stored once
+    # Each shared value to its _Shared; None where no registry is. Looked up in critical sections only, where the keys, exact
+    # strings and sets of such, run no Python code: nothing lets another thread in halfway.
+    cdef dict values
     cdef type record_type
 
-    cdef object shared(self, object value):
-        if len(self.values) >= _SHARED_VALUES:
-            self.values.clear()
-        return self.values.setdefault(value, value)
+    cdef _Shared known(self, object value):
+        with cython.critical_section(self):
+            return None if self.values is None else <_Shared>self.values.get(value)
+
+    cdef object use(self, object value):
+        """The stored value that equals this one, with one more use, which ends with `give_back`."""
+        cdef _Shared shared
+        with cython.critical_section(self):
+            if self.values is None:
+                return value
+            shared = <_Shared>self.values.get(value)
+            if shared is None:
+                shared = _make_shared(value)
+                self.values[value] = shared
+            shared.uses += 1
+        return shared.value
+
+    cdef void give_back(self, object value) noexcept:
+        """End a use of a stored value. The caller keeps a reference, so that nothing is destroyed in here."""
+        cdef _Shared shared
+        with cython.critical_section(self):
+            shared = None if self.values is None else <_Shared>self.values.get(value)
+            if shared is not None:
+                shared.uses -= 1
+                if shared.uses == 0:
+                    del self.values[value]
+
+    cdef Py_ssize_t values_bytes(self) except -1:
+        cdef Py_ssize_t entry_bytes = _Shared.__basicsize__
+        return self.values.__sizeof__() + len(self.values) * entry_bytes
 
     cdef object permission_set(self, object values):
-        """The permissions as they are stored: a shared frozenset, or None for none."""
+        """The permissions as a frozenset of exact strings, or None for none."""
+        cdef _Shared known = None
         cdef list names
-        if type(values) is frozenset:
-            known = self.values.get(values)
-            if known is not None:
-                return known
+        if type(values) is frozenset and _all_exact_str(values):
+            known = self.known(values)
+        if known is not None:
+            return known.value
         names = _names(values, "permissions", "permission", self.max_name_bytes)
-        return self.shared(frozenset(names)) if names else None
+        return frozenset(names) if names else None
 
     cdef dict tags(self, object values):
         cdef dict tags = {}
@@ -225,7 +273,6 @@ cdef _Settings _default_settings():
     settings.max_tags = 64
     settings.max_groups = 1024
     settings.wall_clock = time
-    settings.values = {}
     return settings
 
 
@@ -395,8 +442,8 @@ cdef class ConnectionMeta:
     def device_type(self, value):
         cdef _Settings settings = _settings_of(self)
         if value is not None:
-            value = settings.shared(_name(value, "device type", settings.max_name_bytes))
-        _assign(self, &self.r.objects[WSF_DEVICE_TYPE], value)
+            value = _name(value, "device type", settings.max_name_bytes)
+        _assign_shared(self, settings, &self.r.objects[WSF_DEVICE_TYPE], value)
 
     @property
     def permissions(self):
@@ -405,8 +452,8 @@ cdef class ConnectionMeta:
 
     @permissions.setter
     def permissions(self, value):
-        value = _settings_of(self).permission_set(value)
-        _assign(self, &self.r.objects[WSF_PERMISSIONS], value)
+        cdef _Settings settings = _settings_of(self)
+        _assign_shared(self, settings, &self.r.objects[WSF_PERMISSIONS], settings.permission_set(value))
 
     @property
     def tags(self):
@@ -602,6 +649,52 @@ cdef int _assign(ConnectionMeta meta, PyObject **field, object value) except -1:
     return 0
 
 
+cdef int _assign_shared(ConnectionMeta meta, _Settings settings, PyObject **field, object value) except -1:
+    """Store a device type or permission set, None as NULL, in a field of an attached record."""
+    cdef PyObject *old = NULL
+    cdef PyObject *stored = NULL
+    if value is not None:
+        value = settings.use(value)
+        Py_INCREF(value)  # for the field; given back below if the record is detached
+        stored = <PyObject *>value
+    if not wsf_record_swap(&meta.r, field, stored, &old):
+        if stored != NULL:
+            settings.give_back(value)
+            Py_DECREF(value)
+        raise DetachedRecord(meta.client_id)
+    if old != NULL:
+        settings.give_back(<object>old)
+        Py_DECREF(<object>old)
+    return 0
+
+
+cdef int _use_shared(ConnectionMeta meta, _Settings settings, object device_type, object permissions) except -1:
+    """Fill in the device type and permission set, either may be None, of a record that no other thread knows yet."""
+    try:
+        if device_type is not None:
+            _set_field(&meta.r.objects[WSF_DEVICE_TYPE], settings.use(device_type))
+        if permissions is not None:
+            _set_field(&meta.r.objects[WSF_PERMISSIONS], settings.use(permissions))
+    except BaseException:
+        _give_back_shared(&meta.r)
+        raise
+    return 0
+
+
+cdef inline void _give_back_shared(wsf_record *record) noexcept:
+    """End the uses of shared values by a record that is detached or was never attached. It keeps the values."""
+    if record.objects[WSF_DEVICE_TYPE] != NULL or record.objects[WSF_PERMISSIONS] != NULL:
+        _give_back_fields(record)
+
+
+cdef void _give_back_fields(wsf_record *record) noexcept:
+    cdef _Settings settings = _settings_of(<ConnectionMeta>wsf_record_object(record))
+    cdef int i
+    for i in range(WSF_DEVICE_TYPE, WSF_OBJECT_FIELDS):
+        if record.objects[i] != NULL:
+            settings.give_back(<object>record.objects[i])
+
+
 cdef inline _Extras _extras_of(ConnectionMeta meta):
     return <_Extras>wsf_object(wsf_record_read(&meta.r, &meta.r.objects[WSF_EXTRAS]))
 
@@ -712,6 +805,7 @@ cdef class _Core:
 cdef object _finish(wsf_record *record, wsf_trash *trash):
     """The second half of a removal. Returns the detached record; the registry's reference to it is stolen."""
     wsf_core_forget(record, trash)
+    _give_back_shared(record)
     wsf_trash_release(trash)
     return wsf_object(wsf_record_object(record))
 
@@ -962,7 +1056,7 @@ cdef class Registry:
         cdef dict tag_values, metadata_values, extension_values
         cdef list group_names
         if device_type is not None:
-            device_type = self.settings.shared(_name(device_type, "device type", limit))
+            device_type = _name(device_type, "device type", limit)
         allowed = None if permissions is () else self.settings.permission_set(permissions)
         tag_values = None if tags is None else self.settings.tags(tags)
         metadata_values = None if metadata is None else _mapping(metadata, "metadata", "metadata key", limit)
@@ -977,10 +1071,10 @@ cdef class Registry:
         cdef ConnectionMeta meta = self._new_record(key, fnv1a)
         _set_field(&meta.r.objects[WSF_SESSION], session)
         _set_field(&meta.r.objects[WSF_DEVICE_INFO], device_info)
-        _set_field(&meta.r.objects[WSF_DEVICE_TYPE], device_type)
-        _set_field(&meta.r.objects[WSF_PERMISSIONS], allowed)
         if metadata_values or extension_values:
             _set_field(&meta.r.objects[WSF_EXTRAS], _make_extras(metadata_values, extension_values))
+        if device_type is not None or allowed is not None:
+            _use_shared(meta, self.settings, device_type, allowed)
         self._attach(meta, conn, state, on_duplicate == "replace")
         try:
             self._index(meta, user, tag_values, group_names)
@@ -1012,6 +1106,7 @@ cdef class Registry:
         if outcome != WSF_OK:
             Py_XDECREF(meta.r.conn)
             meta.r.conn = NULL
+            _give_back_shared(&meta.r)
             if outcome == WSF_NO_MEMORY:
                 raise MemoryError
             raise DuplicateConnection(meta.client_id)
@@ -1299,7 +1394,8 @@ cdef class Registry:
 
     def __sizeof__(self):
         cdef Py_ssize_t record_size = ConnectionMeta.__basicsize__
-        return <Py_ssize_t>wsf_core_bytes(self.core) + len(self) * record_size + object.__sizeof__(self)
+        cdef Py_ssize_t core_bytes = <Py_ssize_t>wsf_core_bytes(self.core) + self.settings.values_bytes()
+        return core_bytes + len(self) * record_size + object.__sizeof__(self)
 
     def _check(self):
         """Abort if an invariant is broken; does something in a debug build only, with no other thread at work."""

@@ -80,7 +80,7 @@ class ConnectionMeta:
     def status(self, value: ConnectionStatus) -> None: ...
     @property
     def permissions(self) -> frozenset[str]:
-        """Equal sets are stored once. Assigning takes an iterable of names, but no ``str``: that is a
+        """Equal sets of attached records are one object. Assigning takes an iterable of names, but no ``str``: that is a
         ``TypeError("permissions must be an iterable of str, not str")``, as is what cannot be iterated over."""
     @permissions.setter
     def permissions(self, value: Iterable[str]) -> None: ...

@@ -600,3 +600,21 @@ def test_record_removed_while_its_new_value_is_read_is_detached(impl: Implementa
         record.permissions = permissions()
     assert record.permissions == {"p"}
     assert_consistent(registry)
+
+
+def test_permissions_are_checked_whatever_they_are_equal_to(registry: Any) -> None:
+    class Alike:
+        """Equal to a permission, and none."""
+
+        def __hash__(self) -> int:
+            return hash("p")
+
+        def __eq__(self, other: object) -> bool:
+            return other == "p"
+
+    record = registry.add("a", permissions=["p"])
+    assert frozenset([Alike()]) == record.permissions
+    with pytest.raises(TypeError, match="permission must be str, not Alike"):
+        registry.add("b", permissions=frozenset([Alike()]))
+    with pytest.raises(TypeError, match="permission must be str, not Alike"):
+        record.permissions = frozenset([Alike()])

@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import Implementation
 from tests.core.state import DEPARTURES, assert_consistent, ids, registry_state
 from wsfast.connection import ConnectionStatus, Verbs
-from wsfast.errors import DetachedRecord, WsfastError
+from wsfast.errors import DetachedRecord, DuplicateConnection, WsfastError
 
 
 class Thing:
@@ -108,6 +108,56 @@ def test_assigning_drops_the_object_that_was_there(registry: Any, name: str) -> 
     del first
     setattr(record, name, wrap(Thing()))
     assert reference() is None
+
+
+@each_departure
+def test_departure_leaves_the_permissions_to_the_record(registry: Any, depart: Any) -> None:
+    record = registry.add("a", device_type="d", permissions=["p", "q"])
+    reference = weakref.ref(record.permissions)
+    depart(registry, record)
+    assert (record.device_type, record.permissions) == ("d", {"p", "q"})
+    del record
+    gc.collect()
+    assert reference() is None
+
+
+def test_assigning_lets_the_permissions_go_that_were_there(registry: Any) -> None:
+    record = registry.add("a", permissions=["p"])
+    for permissions in (["q"], [], ["r"]):
+        reference = weakref.ref(record.permissions) if record.permissions else None
+        record.permissions = permissions
+        gc.collect()
+        assert reference is None or reference() is None
+
+
+def test_equal_permissions_are_one_set_as_long_as_a_record_has_them(registry: Any) -> None:
+    first = registry.add("first", permissions=["p"])
+    other, leaving, gone = (registry.add(name, permissions=["p"]) for name in ("other", "leaving", "gone"))
+    registry.remove("gone")
+    registry.add("leaving", permissions=["p"], on_duplicate="replace")
+    other.permissions = ["q"]
+    other.permissions = frozenset(["p"])
+    other.permissions = other.permissions
+    for refused in (gone, leaving):
+        with pytest.raises(DetachedRecord):
+            refused.permissions = ["p"]
+        with pytest.raises(DuplicateConnection):
+            registry.add("other", permissions=["p"])
+    assert {id(record.permissions) for record in registry.values()} == {id(first.permissions)}
+    assert registry.add("new", permissions={"p"}).permissions is first.permissions
+
+
+def test_any_number_of_permission_sets_is_stored_once_each(registry: Any) -> None:
+    sets = [frozenset([f"p{number}", f"q{number % 50}"]) for number in range(3000)]
+    first = [registry.add(f"a{number}", permissions=permissions) for number, permissions in enumerate(sets)]
+    second = [registry.add(f"b{number}", permissions=list(permissions)) for number, permissions in enumerate(sets)]
+    assert all(one.permissions is other.permissions for one, other in zip(first, second, strict=True))
+    references = [weakref.ref(record.permissions) for record in first]
+    registry.clear()
+    first.clear()
+    second.clear()
+    gc.collect()
+    assert {reference() for reference in references} == {None}
 
 
 @each_departure

@@ -12,6 +12,7 @@ import os
 import random
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -366,6 +367,33 @@ def test_users_and_tags_agree_with_the_records_after_reassignments(registry: Any
 
     each_worker(reassign)
     assert_consistent(registry)
+
+
+def test_permission_sets_go_with_the_last_record_whoever_removes_it(registry: Any, load: int) -> None:
+    sets = [["p"], ["q"], ["p", "q"]]
+    resident = registry.add("resident", device_type="p", permissions=sets[0])
+
+    def churn(worker: int) -> list[weakref.ref[frozenset[str]]]:
+        chance, seen = random.Random(worker), []
+        for number in range(400 * load):
+            permissions = chance.choice(sets)
+            record = registry.add(f"c{number % 3}", device_type="p", permissions=permissions, on_duplicate="replace")
+            other = registry.get(f"c{(number + 1) % 3}")
+            if other is not None:
+                unless_detached(lambda other=other: setattr(other, "permissions", chance.choice(sets)))
+                unless_detached(lambda other=other: setattr(other, "device_type", chance.choice("pq")))
+            if number % 4 == 0:
+                registry.remove(record)
+            if number % 50 == 0:
+                seen.append(weakref.ref(record.permissions))
+        return seen
+
+    references = list(itertools.chain(*each_worker(churn)))
+    assert registry.add("late", permissions=sets[0]).permissions is resident.permissions
+    registry.clear()
+    del resident
+    gc.collect()
+    assert {reference() for reference in references} == {None}
 
 
 def test_get_many_gives_the_record_asked_for_or_none(registry: Any, load: int) -> None:
