@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 import sys
+import sysconfig
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,6 +66,16 @@ def load_implementation(name: str) -> Implementation:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-native", action="store_true", help="leave out the tests of the native core")
+    parser.addoption("--installed", action="store_true", help="refuse to test anything but an installed wsfast")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--installed"):
+        return
+    found = importlib.util.find_spec("wsfast")
+    origin = None if found is None else found.origin
+    if origin is None or not Path(origin).is_relative_to(sysconfig.get_path("platlib")):
+        raise pytest.UsageError(f"wsfast is not the installed one, but {origin}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
