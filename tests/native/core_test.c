@@ -9,63 +9,7 @@
  */
 #define WSF_SHIM_IMPLEMENTATION
 #include "core.h"
-
-#include <pthread.h>
-#include <setjmp.h>
-#include <signal.h>
-#include <stdbool.h>
-#include <unistd.h>
-
-/* ---- checks and chance -------------------------------------------------------------------------------------------- */
-
-static _Thread_local jmp_buf *on_failure;
-static _Thread_local uint64_t current_seed, current_step;
-
-#define CHECK(condition) ((condition) ? (void)0 : check_failed(#condition, __LINE__))
-
-static _Noreturn void check_failed(const char *condition, int line)
-{
-    fprintf(stderr, "core_test.c:%d: not so: %s (seed %llu, step %llu)\n", line, condition,
-            (unsigned long long)current_seed, (unsigned long long)current_step);
-    longjmp(*on_failure, 1);
-}
-
-typedef struct {
-    uint64_t state;
-} chance;
-
-static uint64_t draw(chance *random)
-{
-    random->state += UINT64_C(0x9E3779B97F4A7C15);
-    return shim_mix(random->state);
-}
-
-/* 0 to bound - 1. */
-static uint32_t below(chance *random, uint32_t bound) { return (uint32_t)((draw(random) >> 32) * bound >> 32); }
-
-static bool one_in(chance *random, uint32_t bound) { return below(random, bound) == 0; }
-
-static void *must_alloc(size_t count, size_t size)
-{
-    void *memory = calloc(count == 0 ? 1 : count, size);
-    SHIM_REQUIRE(memory != NULL);
-    return memory;
-}
-
-/* Calls of this thread lack memory at the nth allocation, and if `goes_on` at all later ones. 0: never. */
-static void inject_fault(int64_t nth, bool goes_on)
-{
-    shim_fault.countdown = nth;
-    shim_fault.goes_on = goes_on;
-    shim_fault.injected = 0;
-}
-
-/* Returns whether there was a fault. */
-static bool end_faults(void)
-{
-    shim_fault.countdown = 0;
-    return shim_fault.injected != 0;
-}
+#include "harness.h"
 
 /* ---- names -------------------------------------------------------------------------------------------------------- */
 
@@ -259,22 +203,6 @@ static tag_choice choose_tags(chance *random)
         tags.value[key] = (int8_t)below(random, wanted > 16 ? 2 : TAG_VALUES);
     }
     return tags;
-}
-
-/* Every counter of live objects is at zero. */
-static void check_nothing_lives(void)
-{
-    for (int kind = 0; kind < WSF_LIVE_KINDS; kind++)
-        CHECK(wsf_live_counters()[kind] == 0);
-    CHECK(shim_live_objects == 0);
-    CHECK(shim_live_blocks == 0);
-}
-
-/* A part that failed leaves its objects behind: let the next one begin at zero. */
-static void forget_what_lives(void)
-{
-    memset(wsf_live_counters(), 0, WSF_LIVE_KINDS * sizeof(int64_t));
-    shim_live_objects = shim_live_blocks = 0;
 }
 
 /* ---- FNV ------------------------------------------------------------------------------------------------------------ */
@@ -1677,64 +1605,14 @@ static void test_threads(uint64_t seed)
 
 /* ---- main ------------------------------------------------------------------------------------------------------------------------ */
 
-static struct {
-    unsigned passed, failed;
-} outcome;
-static const char *running = "";
-
-static void run(const char *name, void (*test)(uint64_t seed), uint64_t seed, uint32_t rounds)
-{
-    jmp_buf failure;
-    volatile uint32_t round = 0;
-    running = name;
-    on_failure = &failure;
-    if (setjmp(failure) != 0) {
-        (void)end_faults();
-        forget_what_lives();
-        outcome.failed++;
-        printf("FAILED %s, seed %llu\n", name, (unsigned long long)(seed + round));
-        return;
-    }
-    for (; round < rounds; round++)
-        test(seed + round);
-    outcome.passed++;
-    printf("passed %s, %u rounds from seed %llu\n", name, (unsigned)rounds, (unsigned long long)seed);
-    fflush(stdout);
-}
-
-/* An assertion of the debug build aborts: say so in the closing line too. */
-static void aborted(int number)
-{
-    char line[160];
-    (void)number;
-    int length = snprintf(line, sizeof line, "FAILED %s, seed %llu, step %llu\n%u passed, %u failed\n", running,
-                          (unsigned long long)current_seed, (unsigned long long)current_step, outcome.passed,
-                          outcome.failed + 1);
-    if (write(STDOUT_FILENO, line, (size_t)length) < 0)
-        _exit(2);
-    _exit(1);
-}
-
 int main(int argc, char **argv)
 {
-    static const struct {
-        const char *name;
-        void (*test)(uint64_t seed);
-        uint32_t rounds;
-    } parts[] = {
+    static const test_part parts[] = {
         {"fnv", test_fnv, 1},     {"table", test_table, 1}, {"random", test_random, 4},
         {"random-large", test_large, 1}, {"users", test_users, 1},
 #ifdef Py_GIL_DISABLED
         {"threads", test_threads, 3},
 #endif
     };
-    const uint32_t multiplier = argc > 1 ? (uint32_t)strtoul(argv[1], NULL, 10) : 1;
-    const char *only = argc > 2 ? argv[2] : "";
-    const uint64_t seed = argc > 3 ? strtoull(argv[3], NULL, 10) : 1;
-    signal(SIGABRT, aborted);
-    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
-        if (strncmp(parts[i].name, only, strlen(only)) == 0)
-            run(parts[i].name, parts[i].test, seed, parts[i].rounds * (multiplier == 0 ? 1 : multiplier));
-    printf("%u passed, %u failed\n", outcome.passed, outcome.failed);
-    return outcome.failed != 0 || outcome.passed == 0;
+    return run_parts(parts, sizeof parts / sizeof *parts, argc, argv);
 }
