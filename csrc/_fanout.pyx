@@ -619,6 +619,11 @@ cdef class Fanout:
             "helpers": 0 if self.pool == NULL else wsf_pool_helpers(self.pool),
         }
 
+    def _check(self):
+        """Abort if an invariant is broken; does something in a debug build only."""
+        self.check()
+        wsf_fanout_check(self.fanout)
+
     def close(self):
         """Forget nothing, but end the helpers."""
         cdef wsf_pool *pool = self.pool

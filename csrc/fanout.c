@@ -755,3 +755,76 @@ void wsf_link_commit(wsf_fanout *fanout, wsf_link *link, uint32_t frames, uint64
     else if (link->outbox.count != 0 && !(link->facts & WSF_WAITS))
         line_push(fanout, &fanout->line, link, WSF_IN_LINE);
 }
+
+/* ---- debug build ------------------------------------------------------------------------------------------------------------ */
+
+#ifdef WSF_DEBUG
+/* Each link that has the fact stands in the line once, at the place that it names, and nobody else does. */
+static void check_line(wsf_fanout *fanout, wsf_line *line, uint32_t fact)
+{
+    uint32_t standing = 0, expected = 0;
+    WSF_ASSERT(line->count <= line->capacity && 2 * (uint64_t)fanout->links.used <= line->capacity);
+    for (uint32_t i = 0; i < line->count; i++) {
+        uint32_t at = (line->head + i) & (line->capacity - 1);
+        wsf_link *link = line->links[at];
+        if (link == NULL)
+            continue;
+        WSF_ASSERT((link->facts & fact) && *place_in(fanout, line, link) == at);
+        standing++;
+    }
+    for (uint32_t i = 0; i < fanout->links.used; i++)
+        expected += (fanout->all[i]->facts & fact) != 0;
+    WSF_ASSERT(standing == expected);
+}
+
+static void check_link(wsf_fanout *fanout, wsf_link *link)
+{
+    wsf_outbox *outbox = &link->outbox;
+    int waits = (link->facts & WSF_WAITS) != 0;
+    WSF_ASSERT(wsf_fanout_find(fanout, link->record) == link);
+    WSF_ASSERT(!waits || fanout->waiting[link->waiting_at] == link);
+    WSF_ASSERT(!waits || !(link->facts & WSF_IN_LINE));
+    WSF_ASSERT(link->in_transport == 0 || (link->facts & WSF_BLOCKED));
+    WSF_ASSERT((link->facts & WSF_OPEN) || (outbox->count == 0 && !(link->facts & WSF_DIRECT)));
+    wsf_outbox_check(outbox);
+    for (uint32_t place = 0; place < outbox->count; place++) {
+        wsf_entry entry = *wsf_outbox_at(outbox, place);
+        const wsf_tally *tally = tally_of(entry);
+        WSF_ASSERT(!waits || (entry & WSF_QUEUED));
+        WSF_ASSERT((entry & WSF_QUEUED ? tally->queued : tally->pending) != 0);
+        WSF_ASSERT(tally->targets == tally->pending + tally->sent + tally->queued + tally->dropped + tally->failed);
+    }
+}
+
+/* Messages and frames come on top: others than the links keep them too. */
+static void check_account(wsf_fanout *fanout)
+{
+    int64_t least = 0;
+    for (uint32_t i = 0; i < fanout->links.used; i++) {
+        const wsf_link *link = fanout->all[i];
+        least += (int64_t)(link->outbox.capacity * sizeof *link->outbox.ring);
+        least += (int64_t)(link->outbox.place_capacity * sizeof *link->outbox.places);
+        least += (int64_t)link->in_transport;
+    }
+    WSF_ASSERT(WSF_ADD64(&fanout->account, 0) >= least);
+}
+
+void wsf_fanout_check(wsf_fanout *fanout)
+{
+    uint32_t waiting = 0;
+    WSF_ASSERT(fanout->job_count == 0);
+    for (uint32_t i = 0; i < fanout->links.used; i++) {
+        WSF_ASSERT(fanout->all[i]->all_at == i);
+        check_link(fanout, fanout->all[i]);
+        waiting += (fanout->all[i]->facts & WSF_WAITS) != 0;
+    }
+    WSF_ASSERT(waiting == fanout->waiting_count);
+    check_line(fanout, &fanout->line, WSF_IN_LINE);
+    check_line(fanout, &fanout->later, WSF_LATER);
+    check_account(fanout);
+    for (uint32_t i = 0; i < fanout->report_count; i++)
+        WSF_ASSERT(fanout->reports[i].link->all_at < fanout->links.used);
+}
+#else
+void wsf_fanout_check(wsf_fanout *fanout) { (void)fanout; }
+#endif

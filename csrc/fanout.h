@@ -207,4 +207,8 @@ static inline int wsf_fanout_is_over(wsf_fanout *fanout)
     return (uint64_t)WSF_ADD64(&fanout->account, 0) > fanout->limits.max_total_bytes;
 }
 
+/* Debug build: abort with a message if an invariant of the lines, the links or their outboxes is broken; not between plan
+ * and settle. Otherwise it does nothing. */
+void wsf_fanout_check(wsf_fanout *fanout);
+
 #endif

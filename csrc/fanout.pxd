@@ -158,3 +158,4 @@ cdef extern from "fanout.h":
     void wsf_fanout_expire(wsf_fanout *fanout) noexcept
     void wsf_fanout_shed(wsf_fanout *fanout) noexcept
     bint wsf_fanout_is_over(wsf_fanout *fanout) noexcept
+    void wsf_fanout_check(wsf_fanout *fanout) noexcept

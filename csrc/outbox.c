@@ -135,3 +135,39 @@ wsf_entry wsf_outbox_replace(wsf_outbox *outbox, uint32_t place, wsf_frame *fram
     outbox->bytes += frame->size - wsf_entry_frame(former)->size;
     return former;
 }
+
+/* ---- debug build ------------------------------------------------------------------------------------------------------ */
+
+#ifdef WSF_DEBUG
+/* A key that waits is found, at one of its places. */
+static void check_places(wsf_outbox *outbox)
+{
+    uint32_t used = 0;
+    for (uint32_t at = 0; at < outbox->place_capacity; at++)
+        used += outbox->places[at].taken;
+    WSF_ASSERT(used == outbox->place_used && 4 * used <= 3 * outbox->place_capacity);
+    for (uint32_t place = 0; place < outbox->count; place++) {
+        PyObject *key = key_at(outbox, place);
+        WSF_ASSERT(key == NULL || is_place_of(outbox, slot_of(outbox, key), key));
+    }
+}
+
+void wsf_outbox_check(wsf_outbox *outbox)
+{
+    uint64_t bytes = 0;
+    WSF_ASSERT((outbox->ring == NULL) == (outbox->capacity == 0));
+    WSF_ASSERT(outbox->count <= (outbox->ring == NULL ? 1 : outbox->capacity));
+    WSF_ASSERT(outbox->count != 0 || (outbox->ring == NULL && outbox->places == NULL));
+    WSF_ASSERT(outbox->ring == NULL || outbox->head < outbox->capacity);
+    for (uint32_t place = 0; place < outbox->count; place++) {
+        const wsf_frame *frame = wsf_entry_frame(*wsf_outbox_at(outbox, place));
+        WSF_ASSERT(frame->references > 0 && frame->message->references > 0);
+        bytes += frame->size;
+    }
+    WSF_ASSERT(bytes == outbox->bytes);
+    if (outbox->places != NULL)
+        check_places(outbox);
+}
+#else
+void wsf_outbox_check(wsf_outbox *outbox) { (void)outbox; }
+#endif

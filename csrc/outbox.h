@@ -54,5 +54,7 @@ wsf_entry wsf_outbox_pop(wsf_outbox *outbox, int64_t *account);
 int64_t wsf_outbox_find(wsf_outbox *outbox, int64_t *account, PyObject *key);
 /* Put a frame, the reference to which is stolen, in the place of another. Returns the former entry with its reference. */
 wsf_entry wsf_outbox_replace(wsf_outbox *outbox, uint32_t place, wsf_frame *frame, wsf_entry queued);
+/* Debug build: abort with a message if an invariant is broken. Otherwise it does nothing. */
+void wsf_outbox_check(wsf_outbox *outbox);
 
 #endif

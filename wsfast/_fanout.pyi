@@ -202,6 +202,8 @@ class Fanout:
         (both only if they are wanted), 2 given up as too slow. *cause*: 0 bytes, 1 age, 2 the total, 3 closed.
         """
     def stats(self) -> dict[str, Any]: ...
+    def _check(self) -> None:
+        """In a debug build, abort if an invariant of the structures is broken."""
     def close(self) -> None:
         """End the helpers. What has links still works, on one thread."""
 
