@@ -28,13 +28,24 @@ static int is_place_of(wsf_outbox *outbox, const wsf_key_place *known, PyObject 
     return found != NULL && wsf_text_equal(found, key);
 }
 
-/* The key's slot in the table, or the free one where it would be. */
+static inline int has_left(const wsf_outbox *outbox, const wsf_key_place *known)
+{
+    return known->number - outbox->first_number >= outbox->count;
+}
+
+/* The key's slot in the table, or one where it may be put: the first whose entry has left, so that a key that comes and
+ * goes uses one slot again and again, or the free one at the end. */
 static wsf_key_place *slot_of(wsf_outbox *outbox, PyObject *key)
 {
     uint32_t mask = outbox->place_capacity - 1, at = wsf_fold_hash(wsf_text_hash(key)) & mask;
-    while (outbox->places[at].taken && !is_place_of(outbox, &outbox->places[at], key))
-        at = (at + 1) & mask;
-    return &outbox->places[at];
+    wsf_key_place *left = NULL;
+    for (; outbox->places[at].taken; at = (at + 1) & mask) {
+        if (is_place_of(outbox, &outbox->places[at], key))
+            return &outbox->places[at];
+        if (left == NULL && has_left(outbox, &outbox->places[at]))
+            left = &outbox->places[at];
+    }
+    return left != NULL ? left : &outbox->places[at];
 }
 
 static void note_place(wsf_outbox *outbox, PyObject *key, uint32_t number)
@@ -68,7 +79,7 @@ int64_t wsf_outbox_find(wsf_outbox *outbox, int64_t *account, PyObject *key)
         build_places(outbox, account);
     if (outbox->places != NULL) {
         const wsf_key_place *slot = slot_of(outbox, key);
-        return slot->taken ? (int64_t)(slot->number - outbox->first_number) : -1;
+        return slot->taken && !has_left(outbox, slot) ? (int64_t)(slot->number - outbox->first_number) : -1;
     }
     for (uint32_t place = outbox->count; place-- > 0;)
         if (key_at(outbox, place) != NULL && wsf_text_equal(key_at(outbox, place), key))
