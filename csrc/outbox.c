@@ -143,7 +143,8 @@ wsf_entry wsf_outbox_replace(wsf_outbox *outbox, uint32_t place, wsf_frame *fram
 {
     wsf_entry *at = wsf_outbox_at(outbox, place), former = *at;
     *at = (wsf_entry)frame | queued;
-    outbox->bytes += frame->size - wsf_entry_frame(former)->size;
+    outbox->bytes += frame->size;
+    outbox->bytes -= wsf_entry_frame(former)->size; /* the difference may not fit a size_t of 32 bits */
     return former;
 }
 
