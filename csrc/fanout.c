@@ -461,7 +461,7 @@ static void retain_for_all(wsf_link *const *links, uint32_t count, wsf_frame *co
 
 void wsf_fanout_push(wsf_fanout *fanout, wsf_link *const *links, uint32_t count, wsf_frame *const *frames, int is_late)
 {
-    uint32_t number = ++fanout->pushes;
+    uint64_t number = ++fanout->pushes;
     fanout->now_ns = frames[0]->message->created_ns;
     retain_for_all(links, count, frames);
     for (uint32_t i = 0; i < count; i++) {

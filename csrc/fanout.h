@@ -53,7 +53,7 @@ typedef struct wsf_link {
     int fd;
     uint32_t line_at; /* place in the line, while it is there; the same for the three that follow */
     uint32_t later_at, waiting_at, all_at;
-    uint32_t left_out_of;  /* number of the push that does not mean it */
+    uint64_t left_out_of;  /* number of the push that does not mean it; they are counted from 1, and do not come round */
     uint64_t in_transport; /* bytes, while it is blocked */
     int64_t blocked_ns;    /* since when it is blocked */
     PyObject *record;      /* borrowed; its address is what a link is found by */
@@ -133,7 +133,7 @@ typedef struct wsf_fanout {
     int64_t table_bytes;
     wsf_link **all; /* the same links, in no order */
     uint32_t all_capacity;
-    uint32_t pushes;
+    uint64_t pushes;
     int wants_reports; /* of drops and conflations; WSF_TOO_SLOW is always reported */
     wsf_report *reports;
     uint32_t report_count, report_capacity;

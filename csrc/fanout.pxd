@@ -89,7 +89,7 @@ cdef extern from "fanout.h":
         wsf_outbox outbox
         uint64_t in_transport
         uint32_t variant
-        uint32_t left_out_of
+        uint64_t left_out_of
     ctypedef struct wsf_report:
         wsf_link *link
         uint8_t what
@@ -124,7 +124,7 @@ cdef extern from "fanout.h":
         uint32_t waiting_count
         wsf_table links
         wsf_link **all
-        uint32_t pushes
+        uint64_t pushes
         int wants_reports
         wsf_report *reports
         uint32_t report_count
