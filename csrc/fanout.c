@@ -414,8 +414,11 @@ static int replace(wsf_fanout *fanout, wsf_link *link, wsf_frame *frame)
     report(fanout, (wsf_report){link, WSF_CONFLATED, WSF_BY_BYTES, 1, older->payload_size,
                                 age_s(fanout, older->created_ns)});
     wsf_frame_release(wsf_entry_frame(former));
-    if ((link->facts & WSF_WAITS) && wsf_link_bytes(link) > fanout->limits.max_bytes && link->outbox.count > 1)
+    if ((link->facts & WSF_WAITS) && wsf_link_bytes(link) > fanout->limits.max_bytes && link->outbox.count > 1) {
+        uint32_t dropped = tally->dropped; /* it may be among them, and has not displaced itself */
         tally->displaced += drop_front(fanout, link, fanout->limits.max_bytes, OF_ANY_AGE, WSF_BY_BYTES);
+        tally->displaced -= tally->dropped - dropped;
+    }
     return 1;
 }
 

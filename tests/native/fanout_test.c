@@ -292,12 +292,1204 @@ static void test_outbox(uint64_t seed)
     check_nothing_lives();
 }
 
+/* ---- sockets ------------------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    uint8_t *data;
+    size_t size, capacity;
+} bytes;
+
+static void bytes_add(bytes *to, const void *data, size_t size)
+{
+    if (to->size + size > to->capacity) {
+        to->capacity = 2 * (to->size + size);
+        to->data = realloc(to->data, to->capacity);
+        SHIM_REQUIRE(to->data != NULL);
+    }
+    if (size != 0)
+        memcpy(to->data + to->size, data, size);
+    to->size += size;
+}
+
+static void bytes_skip(bytes *from, size_t size)
+{
+    from->size -= size;
+    if (from->size != 0)
+        memmove(from->data, from->data + size, from->size);
+}
+
+/* Small buffers, so that sockets take less than they are given. */
+static void limit_buffers(int fd)
+{
+    const int size = 1;
+    SHIM_REQUIRE(setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof size) == 0);
+    SHIM_REQUIRE(setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &size, sizeof size) == 0);
+}
+
+static void open_tcp_pair(int *ends, bool is_small)
+{
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr = {htonl(INADDR_LOOPBACK)}};
+    socklen_t length = sizeof address;
+    int listener = socket(AF_INET, SOCK_STREAM, 0);
+    SHIM_REQUIRE(listener >= 0 && bind(listener, (struct sockaddr *)&address, length) == 0);
+    if (is_small)
+        limit_buffers(listener);
+    SHIM_REQUIRE(listen(listener, 1) == 0 && getsockname(listener, (struct sockaddr *)&address, &length) == 0);
+    ends[0] = socket(AF_INET, SOCK_STREAM, 0);
+    SHIM_REQUIRE(ends[0] >= 0);
+    if (is_small)
+        limit_buffers(ends[0]);
+    SHIM_REQUIRE(connect(ends[0], (struct sockaddr *)&address, length) == 0);
+    ends[1] = accept(listener, NULL, NULL);
+    SHIM_REQUIRE(ends[1] >= 0);
+    close(listener);
+}
+
+static void open_pair(int *ends, bool is_tcp, bool is_small)
+{
+    if (is_tcp) {
+        open_tcp_pair(ends, is_small);
+    } else {
+        SHIM_REQUIRE(socketpair(AF_UNIX, SOCK_STREAM, 0, ends) == 0);
+        if (is_small)
+            limit_buffers(ends[0]);
+    }
+    for (int end = 0; end < 2; end++)
+        SHIM_REQUIRE(fcntl(ends[end], F_SETFL, O_NONBLOCK) == 0);
+}
+
+/* ---- the model of a fan-out --------------------------------------------------------------------------------------- */
+
+enum { LETTERS = 80, VARIANTS = 3, MOST_ITEMS = 1500, MOST_REPORTS = 4096 };
+
+/* A message. It lives as long as the test holds it, or an entry has one of its frames. */
+typedef struct {
+    wsf_message *message;
+    wsf_frame *frames[VARIANTS];
+    bytes encoded[VARIANTS];
+    int64_t entries[VARIANTS];
+    bool is_held;
+    wsf_tally tally;
+    int key;
+    int64_t created_ns;
+    uint64_t payload_size;
+} letter;
+
+typedef struct {
+    letter *of;
+    bool queued;
+} item;
+
+/* A connection: the link, the model of it, a transport that writes what it has later, and the other end. */
+typedef struct {
+    wsf_link *link; /* NULL: there is none */
+    PyObject record;
+    uint32_t facts, variant;
+    item items[MOST_ITEMS];
+    uint32_t count, ring_capacity;
+    uint64_t in_transport;
+    int64_t blocked_ns;
+    bool is_left_out, is_direct;
+    int fd, far_fd; /* far_fd -1: the peer has gone */
+    bytes expected, transport;
+    uint64_t counted_messages, counted_bytes, told_messages, told_bytes;
+} peer;
+
+typedef struct {
+    uint32_t peers, steps;
+    bool is_small; /* buffers */
+    unsigned helpers;
+} scale;
+
+typedef struct {
+    chance random;
+    const scale *size;
+    wsf_limits limits;
+    wsf_fanout *fanout;
+    wsf_pool *pool;
+    letter letters[LETTERS];
+    peer *peers, **line, **later, **order;
+    uint32_t line_count, later_count, waiting_count, links;
+    wsf_totals totals;
+    wsf_report reports[MOST_REPORTS];
+    uint32_t report_count;
+    int64_t now_ns;
+    bool lacks_memory; /* all allocations fail */
+    uint8_t payload[1 << 17];
+} world;
+
+static uint64_t peer_bytes(const peer *p)
+{
+    uint64_t size = p->in_transport;
+    for (uint32_t i = 0; i < p->count; i++)
+        size += p->items[i].of->encoded[p->variant].size;
+    return size;
+}
+
+static bool waits(const peer *p) { return (p->facts & WSF_WAITS) != 0; }
+
+static bool frame_lives(const letter *l, uint32_t variant)
+{
+    return l->message != NULL && (l->is_held || l->entries[variant] != 0);
+}
+
+/* Forget a letter that nobody has any more. */
+static void bury(letter *l)
+{
+    if (l->message == NULL || l->is_held)
+        return;
+    for (uint32_t variant = 0; variant < VARIANTS; variant++)
+        if (l->entries[variant] != 0)
+            return;
+    l->message = NULL;
+    for (uint32_t variant = 0; variant < VARIANTS; variant++)
+        l->encoded[variant].size = 0;
+}
+
+static int64_t expected_account(const world *w)
+{
+    int64_t sum = 0;
+    for (uint32_t i = 0; i < LETTERS; i++) {
+        const letter *l = &w->letters[i];
+        sum += l->message == NULL ? 0 : (int64_t)sizeof *l->message;
+        for (uint32_t variant = 0; variant < VARIANTS; variant++)
+            if (frame_lives(l, variant))
+                sum += (int64_t)(sizeof(wsf_frame) + l->encoded[variant].size);
+    }
+    for (uint32_t i = 0; i < w->size->peers; i++) {
+        const peer *p = &w->peers[i];
+        if (p->link != NULL) /* tables of keys are the outbox's own affair */
+            sum += (int64_t)(p->in_transport + p->ring_capacity * sizeof(wsf_entry) +
+                             p->link->outbox.place_capacity * sizeof(wsf_key_place));
+    }
+    return sum;
+}
+
+/* ---- what must happen --------------------------------------------------------------------------------------------- */
+
+static void must_report(world *w, peer *p, int what, int cause, uint32_t messages, uint64_t size, int64_t since_ns)
+{
+    if (what != WSF_TOO_SLOW && !w->fanout->wants_reports)
+        return;
+    if (w->lacks_memory && w->report_count == w->fanout->report_capacity)
+        return;
+    SHIM_REQUIRE(w->report_count < MOST_REPORTS);
+    w->reports[w->report_count++] =
+        (wsf_report){p->link, (uint8_t)what, (uint8_t)cause, messages, size, (double)(w->now_ns - since_ns) / 1e9};
+}
+
+static void leave(peer **line, uint32_t *count, peer *p)
+{
+    for (uint32_t i = 0; i < *count; i++)
+        if (line[i] == p) {
+            memmove(&line[i], &line[i + 1], (--*count - i) * sizeof *line);
+            return;
+        }
+    SHIM_REQUIRE(0);
+}
+
+static void stand_in_line(world *w, peer *p)
+{
+    if (!(p->facts & WSF_IN_LINE))
+        w->line[w->line_count++] = p;
+    p->facts |= WSF_IN_LINE;
+}
+
+static void leave_line(world *w, peer *p)
+{
+    if (p->facts & WSF_IN_LINE)
+        leave(w->line, &w->line_count, p);
+    p->facts &= ~(uint32_t)WSF_IN_LINE;
+}
+
+/* The item leaves pending or queued. */
+static void take_off(item *from)
+{
+    if (from->queued)
+        from->of->tally.queued--;
+    else
+        from->of->tally.pending--;
+}
+
+static void remove_item(peer *p, uint32_t at)
+{
+    letter *l = p->items[at].of;
+    memmove(&p->items[at], &p->items[at + 1], (--p->count - at) * sizeof *p->items);
+    l->entries[p->variant]--;
+    bury(l);
+    if (p->count == 0)
+        p->ring_capacity = 0;
+}
+
+static void drop_first(peer *p)
+{
+    take_off(&p->items[0]);
+    p->items[0].of->tally.dropped++;
+    remove_item(p, 0);
+}
+
+/* Drop from the front what is more than most_bytes, or older. Returns how many are other messages than `cause_of_it`. */
+static uint32_t must_drop(world *w, peer *p, uint64_t most_bytes, int64_t before_ns, int cause, const letter *cause_of_it)
+{
+    uint32_t messages = 0, others = 0;
+    uint64_t size = 0;
+    int64_t oldest_ns = 0;
+    while (p->count != 0 && (peer_bytes(p) > most_bytes || p->items[0].of->created_ns < before_ns)) {
+        const letter *l = p->items[0].of;
+        oldest_ns = messages++ == 0 ? l->created_ns : oldest_ns;
+        others += l != cause_of_it;
+        size += l->payload_size;
+        drop_first(p);
+    }
+    w->totals.dropped[cause] += messages;
+    if (messages != 0)
+        must_report(w, p, WSF_DROPPED, cause, messages, size, oldest_ns);
+    return others;
+}
+
+static void must_begin_waiting(world *w, peer *p)
+{
+    w->waiting_count++;
+    leave_line(w, p);
+    for (uint32_t i = 0; i < p->count; i++) {
+        take_off(&p->items[i]);
+        p->items[i].of->tally.queued++;
+        p->items[i].queued = true;
+    }
+}
+
+static void must_set(world *w, peer *p, uint32_t facts)
+{
+    bool before = waits(p);
+    p->facts |= facts;
+    if (!before && waits(p))
+        must_begin_waiting(w, p);
+}
+
+static void must_clear(world *w, peer *p, uint32_t facts)
+{
+    bool before = waits(p);
+    p->facts &= ~facts;
+    if (facts & WSF_BLOCKED)
+        p->in_transport = 0;
+    if (!before || waits(p))
+        return;
+    w->waiting_count--;
+    if (p->count != 0)
+        stand_in_line(w, p);
+}
+
+static void must_block(world *w, peer *p, uint64_t in_transport)
+{
+    if (!(p->facts & WSF_BLOCKED)) {
+        p->blocked_ns = w->now_ns;
+        w->totals.blocked++;
+    }
+    p->in_transport = in_transport;
+    must_set(w, p, WSF_BLOCKED);
+}
+
+static void must_close(world *w, peer *p, int cause)
+{
+    p->facts &= ~(uint32_t)(WSF_OPEN | WSF_DIRECT);
+    (void)must_drop(w, p, 0, INT64_MAX, cause, NULL);
+}
+
+static void must_give_up(world *w, peer *p, int cause)
+{
+    bool by_age_of_first = p->in_transport == 0 && p->count != 0;
+    must_report(w, p, WSF_TOO_SLOW, cause, p->count, peer_bytes(p),
+                by_age_of_first ? p->items[0].of->created_ns : p->blocked_ns);
+    w->totals.too_slow[cause]++;
+    must_close(w, p, cause);
+    p->in_transport = 0;
+}
+
+/* Whether a peer that waits may take this letter, by the policy. */
+static bool must_accept(world *w, peer *p, letter *l)
+{
+    const wsf_limits *limits = &w->limits;
+    const uint64_t size = l->encoded[p->variant].size;
+    if ((p->facts & WSF_SHEDDING) && peer_bytes(p) <= limits->low_bytes)
+        p->facts &= ~(uint32_t)WSF_SHEDDING;
+    if (limits->policy == WSF_KEEP || peer_bytes(p) == 0)
+        return true;
+    if (!(p->facts & WSF_SHEDDING) && peer_bytes(p) + size <= limits->max_bytes)
+        return true;
+    switch (limits->policy) {
+    case WSF_DISCONNECT:
+        must_give_up(w, p, WSF_BY_BYTES);
+        l->tally.disconnected++;
+        return false;
+    case WSF_DROP_NEWEST:
+        p->facts |= WSF_SHEDDING;
+        break;
+    default:
+        l->tally.displaced += must_drop(w, p, limits->low_bytes > size ? limits->low_bytes - size : 0, INT64_MIN,
+                                        WSF_BY_BYTES, l);
+        if (peer_bytes(p) == 0 || peer_bytes(p) + size <= limits->max_bytes)
+            return true;
+    }
+    w->totals.dropped[WSF_BY_BYTES]++;
+    must_report(w, p, WSF_DROPPED, WSF_BY_BYTES, 1, l->payload_size, w->now_ns);
+    return false;
+}
+
+/* Whether it took the place of an older one with its key. */
+static bool must_replace(world *w, peer *p, letter *l)
+{
+    uint32_t at = 0;
+    while (at < p->count && p->items[at].of->key != l->key)
+        at++;
+    if (at == p->count)
+        return false;
+    letter *older = p->items[at].of;
+    take_off(&p->items[at]);
+    older->tally.dropped++;
+    w->totals.conflated++;
+    must_report(w, p, WSF_CONFLATED, WSF_BY_BYTES, 1, older->payload_size, older->created_ns);
+    older->entries[p->variant]--;
+    p->items[at].of = l;
+    l->entries[p->variant]++;
+    bury(older);
+    l->tally.targets++;
+    l->tally.displaced++;
+    *(p->items[at].queued ? &l->tally.queued : &l->tally.pending) += 1;
+    if (waits(p) && p->count > 1 && peer_bytes(p) > w->limits.max_bytes)
+        l->tally.displaced += must_drop(w, p, w->limits.max_bytes, INT64_MIN, WSF_BY_BYTES, l);
+    return true;
+}
+
+static void must_stand(world *w, peer *p, bool is_late)
+{
+    if (!is_late) {
+        stand_in_line(w, p);
+    } else if (!(p->facts & WSF_LATER)) {
+        p->facts |= WSF_LATER;
+        w->later[w->later_count++] = p;
+    }
+}
+
+static bool must_append(world *w, peer *p, letter *l)
+{
+    bool grows = p->count != 0 && p->count >= p->ring_capacity;
+    if (grows && w->lacks_memory)
+        return false;
+    if (grows)
+        p->ring_capacity = p->ring_capacity == 0 ? 8 : 2 * p->ring_capacity;
+    SHIM_REQUIRE(p->count < MOST_ITEMS);
+    p->items[p->count++] = (item){l, waits(p)};
+    l->entries[p->variant]++;
+    return true;
+}
+
+static void must_take(world *w, peer *p, letter *l, bool is_late)
+{
+    const uint64_t before = peer_bytes(p), size = l->encoded[p->variant].size;
+    if ((p->facts & WSF_OPEN) && w->limits.policy == WSF_CONFLATE && l->key != NO_KEY && must_replace(w, p, l)) {
+        if (!waits(p) && !is_late)
+            stand_in_line(w, p);
+        return;
+    }
+    l->tally.targets++;
+    if (!(p->facts & WSF_OPEN) || (waits(p) && !must_accept(w, p, l)) || !must_append(w, p, l)) {
+        l->tally.dropped++;
+        return;
+    }
+    if (waits(p)) {
+        l->tally.queued++;
+        CHECK(w->limits.policy == WSF_KEEP || peer_bytes(p) <= w->limits.max_bytes || peer_bytes(p) <= before ||
+              peer_bytes(p) == size);
+    } else {
+        l->tally.pending++;
+        must_stand(w, p, is_late);
+    }
+}
+
+/* ---- comparing ---------------------------------------------------------------------------------------------------- */
+
+static void check_letter(const letter *l)
+{
+    const wsf_tally *tally = &l->message->tally;
+    int64_t references = l->is_held;
+    CHECK(memcmp(tally, &l->tally, sizeof *tally) == 0);
+    CHECK(tally->targets == tally->pending + tally->sent + tally->queued + tally->dropped + tally->failed);
+    for (uint32_t variant = 0; variant < VARIANTS; variant++)
+        if (frame_lives(l, variant)) {
+            CHECK(l->frames[variant]->references == l->entries[variant] + l->is_held);
+            references++;
+        }
+    CHECK(l->message->references == references);
+}
+
+static void check_peer(const world *w, const peer *p)
+{
+    wsf_link *link = p->link;
+    bool must_be_in_line = p->count != 0 && !waits(p);
+    CHECK(link->facts == p->facts && link->outbox.count == p->count && link->in_transport == p->in_transport);
+    CHECK(wsf_link_bytes(link) == peer_bytes(p) && link->outbox.capacity == p->ring_capacity);
+    CHECK(!(p->facts & WSF_BLOCKED) || link->blocked_ns == p->blocked_ns);
+    CHECK(!must_be_in_line || (p->facts & (WSF_IN_LINE | WSF_LATER)));
+    CHECK(p->told_messages == p->counted_messages && p->told_bytes == p->counted_bytes);
+    for (uint32_t i = 0; i < p->count; i++) {
+        wsf_entry entry = *wsf_outbox_at(&link->outbox, i);
+        CHECK(wsf_entry_frame(entry) == p->items[i].of->frames[p->variant]);
+        CHECK((entry & WSF_QUEUED) == (wsf_entry)p->items[i].queued);
+    }
+    CHECK(wsf_fanout_find(w->fanout, &p->record) == link);
+}
+
+static void check_order(const wsf_line *line, peer *const *expected, uint32_t count)
+{
+    uint32_t found = 0;
+    for (uint32_t i = 0; i < line->count; i++) {
+        const wsf_link *link = line->links[(line->head + i) & (line->capacity - 1)];
+        if (link == NULL)
+            continue;
+        CHECK(found < count && expected[found]->link == link);
+        found++;
+    }
+    CHECK(found == count);
+}
+
+static void check_reports(const world *w)
+{
+    CHECK(w->fanout->report_count == w->report_count);
+    for (uint32_t i = 0; i < w->report_count; i++) {
+        const wsf_report *actual = &w->fanout->reports[i], *wanted = &w->reports[i];
+        CHECK(actual->link == wanted->link && actual->what == wanted->what && actual->cause == wanted->cause);
+        CHECK(actual->messages == wanted->messages && actual->bytes == wanted->bytes);
+        CHECK(actual->age_s - wanted->age_s == 0);
+    }
+}
+
+static void check_world(world *w)
+{
+    int64_t messages = 0, frames = 0;
+    wsf_fanout_check(w->fanout);
+    for (uint32_t i = 0; i < w->size->peers; i++)
+        if (w->peers[i].link != NULL)
+            check_peer(w, &w->peers[i]);
+    for (uint32_t i = 0; i < LETTERS; i++) {
+        if (w->letters[i].message == NULL)
+            continue;
+        messages++;
+        check_letter(&w->letters[i]);
+        for (uint32_t variant = 0; variant < VARIANTS; variant++)
+            frames += frame_lives(&w->letters[i], variant);
+    }
+    CHECK(wsf_live[WSF_LIVE_MESSAGE] == messages && wsf_live[WSF_LIVE_FRAME] == frames);
+    CHECK(wsf_live[WSF_LIVE_LINK] == w->links && w->fanout->links.used == w->links);
+    CHECK(w->fanout->account == expected_account(w));
+    CHECK(wsf_fanout_is_over(w->fanout) == ((uint64_t)w->fanout->account > w->limits.max_total_bytes));
+    CHECK(w->fanout->waiting_count == w->waiting_count);
+    CHECK(memcmp(&w->fanout->totals, &w->totals, sizeof w->totals) == 0);
+    check_order(&w->fanout->line, w->line, w->line_count);
+    check_order(&w->fanout->later, w->later, w->later_count);
+    check_reports(w);
+}
+
+/* ---- both ends of a connection ------------------------------------------------------------------------------------ */
+
+static peer *peer_of(const wsf_link *link) { return (peer *)(void *)link->handle; }
+
+static peer *some_peer(world *w)
+{
+    for (uint32_t tries = 0; tries < 8; tries++) {
+        peer *p = &w->peers[below(&w->random, w->size->peers)];
+        if (p->link != NULL)
+            return p;
+    }
+    return NULL;
+}
+
+/* The far end reads at most so much, and finds what it expects. Returns false at the end of the stream. */
+static bool far_read(world *w, peer *p, size_t most)
+{
+    while (p->far_fd >= 0 && most > 0) {
+        uint8_t buffer[8192];
+        size_t size = most < sizeof buffer ? most : sizeof buffer;
+        ssize_t result = recv(p->far_fd, buffer, size, 0);
+        if (result == 0)
+            return false;
+        if (result < 0 && errno == EINTR)
+            continue;
+        if (result < 0) {
+            CHECK(errno == EAGAIN);
+            return true;
+        }
+        CHECK((size_t)result <= p->expected.size);
+        CHECK(memcmp(buffer, p->expected.data, (size_t)result) == 0);
+        bytes_skip(&p->expected, (size_t)result);
+        most -= (size_t)result;
+    }
+    (void)w;
+    return true;
+}
+
+static void lose(world *w, peer *p)
+{
+    CHECK(p->far_fd < 0); /* sockets do not break by themselves */
+    p->transport.size = 0;
+    wsf_link_close(w->fanout, p->link, WSF_BY_END);
+    must_close(w, p, WSF_BY_END);
+}
+
+/* The transport writes what it can. Returns whether the connection is still there. */
+static bool transport_write(world *w, peer *p)
+{
+    while (p->transport.size != 0) {
+        ssize_t result = send(p->fd, p->transport.data, p->transport.size, MSG_NOSIGNAL);
+        if (result < 0 && errno == EINTR)
+            continue;
+        if (result < 0 && errno != EAGAIN) {
+            lose(w, p);
+            return false;
+        }
+        if (result < 0)
+            break;
+        bytes_skip(&p->transport, (size_t)result);
+    }
+    return true;
+}
+
+/* The library writes something by itself. */
+static bool library_write(world *w, peer *p, const void *data, size_t size)
+{
+    bytes_add(&p->expected, data, size);
+    bytes_add(&p->transport, data, size);
+    if (!transport_write(w, p))
+        return false;
+    if (p->transport.size != 0) {
+        p->link->facts |= WSF_UNSURE;
+        p->facts |= WSF_UNSURE;
+    }
+    return true;
+}
+
+static void block(world *w, peer *p, uint64_t in_transport)
+{
+    wsf_link_block(w->fanout, p->link, in_transport);
+    must_block(w, p, in_transport);
+}
+
+/* The transport has got rid of everything. */
+static void unblock(world *w, peer *p)
+{
+    wsf_link_clear(w->fanout, p->link, WSF_BLOCKED | WSF_UNSURE);
+    must_clear(w, p, WSF_BLOCKED | WSF_UNSURE);
+}
+
+static void count(wsf_link *link, uint64_t messages, uint64_t size)
+{
+    peer_of(link)->told_messages += messages;
+    peer_of(link)->told_bytes += size;
+}
+
+static void must_count(world *w, peer *p, const letter *l)
+{
+    p->counted_messages++;
+    p->counted_bytes += l->payload_size;
+    w->totals.messages++;
+    w->totals.bytes += l->payload_size;
+}
+
+/* ---- operations --------------------------------------------------------------------------------------------------- */
+
+static void admit(world *w, peer *p)
+{
+    chance *random = &w->random;
+    int ends[2];
+    open_pair(ends, one_in(random, 6), w->size->is_small);
+    wsf_link *link = aligned_alloc(64, sizeof *link);
+    SHIM_REQUIRE(link != NULL);
+    memset(link, 0, sizeof *link);
+    p->facts = 0;
+    p->variant = below(random, VARIANTS);
+    p->is_direct = !one_in(random, 5);
+    p->fd = link->fd = ends[0];
+    p->far_fd = ends[1];
+    link->variant = p->variant;
+    link->record = &p->record;
+    link->handle = (PyObject *)(void *)p;
+    link->outbox.first_number = one_in(random, 2) ? UINT32_MAX - below(random, 40) : 0;
+    int outcome = WSF_NO_MEMORY;
+    for (int64_t fault = below(random, 2); outcome != WSF_OK; fault = fault == 0 ? 0 : fault + 1) {
+        inject_fault(fault, false);
+        outcome = wsf_fanout_admit(w->fanout, link);
+        CHECK(end_faults() == (outcome != WSF_OK));
+        w->links += outcome == WSF_OK;
+        check_world(w);
+        CHECK((wsf_fanout_find(w->fanout, &p->record) == link) == (outcome == WSF_OK));
+        if (outcome == WSF_OK)
+            break;
+    }
+    p->link = link;
+    link->facts = p->facts = WSF_OPEN;
+    if (p->is_direct) {
+        wsf_link_set(w->fanout, link, WSF_DIRECT);
+        p->facts |= WSF_DIRECT;
+    }
+}
+
+static void take_reports(world *w)
+{
+    w->fanout->report_count = w->report_count = 0;
+}
+
+/* The stream ends, and all has arrived that was handed to the socket. */
+static void end_stream(world *w, peer *p)
+{
+    p->expected.size -= p->transport.size;
+    close(p->fd);
+    while (p->far_fd >= 0 && far_read(w, p, SIZE_MAX)) {
+        struct pollfd wanted = {p->far_fd, POLLIN, 0};
+        CHECK(poll(&wanted, 1, 20000) == 1);
+    }
+    CHECK(p->far_fd < 0 || p->expected.size == 0);
+    if (p->far_fd >= 0)
+        close(p->far_fd);
+    p->expected.size = p->transport.size = 0;
+}
+
+static void forget(world *w, peer *p)
+{
+    wsf_link_close(w->fanout, p->link, WSF_BY_END);
+    must_close(w, p, WSF_BY_END);
+    if (p->transport.size != 0 && p->far_fd >= 0)
+        CHECK((p->facts & (WSF_UNSURE | WSF_BLOCKED)) != 0);
+    check_reports(w);
+    take_reports(w);
+    wsf_fanout_forget(w->fanout, p->link);
+    must_clear(w, p, WSF_WAITS);
+    leave_line(w, p);
+    if (p->facts & WSF_LATER)
+        leave(w->later, &w->later_count, p);
+    w->links--;
+    free(p->link);
+    p->link = NULL;
+    end_stream(w, p);
+    p->in_transport = p->counted_messages = p->counted_bytes = p->told_messages = p->told_bytes = 0;
+}
+
+static size_t some_size(chance *random)
+{
+    switch (below(random, 16)) {
+    case 0: return 0;
+    case 1: return 124 + below(random, 4);
+    case 2: return below(random, 70000);
+    case 3: return below(random, 20000);
+    case 4:
+    case 5:
+    case 6: return below(random, 3000);
+    default: return below(random, 300);
+    }
+}
+
+static letter *new_letter(world *w)
+{
+    letter *l = NULL;
+    chance *random = &w->random;
+    for (uint32_t tries = 0; tries < LETTERS && (l == NULL || l->message != NULL); tries++)
+        l = &w->letters[below(random, LETTERS)];
+    if (l->message != NULL)
+        return NULL;
+    const bool is_text = one_in(random, 2);
+    l->payload_size = some_size(random);
+    memset(&l->tally, 0, sizeof l->tally);
+    l->key = one_in(random, 2) ? NO_KEY : (int)below(random, 12);
+    l->created_ns = w->now_ns;
+    l->is_held = true;
+    l->message = wsf_message_new(&w->fanout->account, w->now_ns, key_object(random, l->key), l->payload_size);
+    for (uint32_t variant = 0; variant < VARIANTS; variant++) {
+        uint8_t header[WSF_MAX_HEADER], first = (uint8_t)((is_text ? 1 : 2) | (variant == 0 ? 0 : 0x40));
+        size_t size = (size_t)l->payload_size / (variant + 1) + variant;
+        const uint8_t *payload = w->payload + below(random, 4096);
+        l->frames[variant] = wsf_frame_new(l->message, first, payload, size);
+        bytes_add(&l->encoded[variant], header, spell_header(first, size, header));
+        bytes_add(&l->encoded[variant], payload, size);
+    }
+    return l;
+}
+
+static void release_letter(letter *l)
+{
+    check_letter(l);
+    l->is_held = false;
+    wsf_message *message = l->message;
+    for (uint32_t variant = 0; variant < VARIANTS; variant++)
+        wsf_frame_release(l->frames[variant]);
+    bury(l);
+    wsf_message_release(message);
+}
+
+static void push(world *w, letter *l, uint32_t targets, bool is_late)
+{
+    wsf_link **links = must_alloc(targets, sizeof *links);
+    chance *random = &w->random;
+    uint32_t used = 0, first = below(random, w->size->peers);
+    for (uint32_t i = 0; i < w->size->peers && used < targets; i++) {
+        peer *p = &w->peers[(first + i) % w->size->peers];
+        if (p->link == NULL || p->count + 1 >= MOST_ITEMS)
+            continue;
+        links[used++] = p->link;
+        p->is_left_out = one_in(random, 10);
+        if (p->is_left_out)
+            p->link->left_out_of = w->fanout->pushes + 1;
+    }
+    w->lacks_memory = one_in(random, 8);
+    for (uint32_t i = 0; i < used; i++)
+        if (!peer_of(links[i])->is_left_out)
+            must_take(w, peer_of(links[i]), l, is_late);
+    inject_fault(w->lacks_memory, true);
+    wsf_fanout_push(w->fanout, links, used, l->frames, is_late);
+    (void)end_faults();
+    w->lacks_memory = false;
+    free(links);
+}
+
+static void some_push(world *w)
+{
+    chance *random = &w->random;
+    letter *l = new_letter(w);
+    if (l == NULL)
+        return;
+    push(w, l, one_in(random, 3) ? 1 : 1 + below(random, w->size->peers), one_in(random, 4));
+    if (one_in(random, 2))
+        release_letter(l);
+}
+
+/* What an adapter does with what goes through it. */
+static void write_through(world *w, peer *p)
+{
+    if (!(p->facts & WSF_OPEN) || p->count == 0)
+        return;
+    if (p->transport.size != 0) {
+        block(w, p, p->transport.size);
+        return;
+    }
+    p->link->facts &= ~(uint32_t)WSF_UNSURE;
+    p->facts &= ~(uint32_t)WSF_UNSURE;
+    uint32_t frames = 1 + below(&w->random, p->count);
+    if (p->far_fd < 0 && one_in(&w->random, 2)) {
+        wsf_link_fail(w->fanout, p->link, frames);
+        w->totals.failed++;
+        for (; frames > 0; frames--) {
+            take_off(&p->items[0]);
+            p->items[0].of->tally.failed++;
+            remove_item(p, 0);
+        }
+        must_close(w, p, WSF_BY_END);
+        return;
+    }
+    for (uint32_t i = 0; i < frames; i++) {
+        const bytes *data = &p->items[i].of->encoded[p->variant];
+        bytes_add(&p->expected, data->data, data->size);
+        bytes_add(&p->transport, data->data, data->size);
+    }
+    if (!transport_write(w, p))
+        return;
+    const size_t left = p->transport.size;
+    wsf_link_commit(w->fanout, p->link, frames, left, count);
+    for (uint32_t i = 0; i < frames; i++) {
+        letter *l = p->items[0].of;
+        must_count(w, p, l);
+        take_off(&p->items[0]);
+        *(left == 0 ? &l->tally.sent : &l->tally.queued) += 1;
+        remove_item(p, 0);
+    }
+    if (left != 0)
+        must_block(w, p, left);
+    else if (p->count != 0)
+        stand_in_line(w, p);
+}
+
+/* What becomes of a job, by what the socket took. Returns what is left to do. */
+static int must_settle(world *w, const wsf_job *job, size_t *offset)
+{
+    peer *p = peer_of(job->link);
+    uint64_t left = job->sent < 0 ? 0 : (uint64_t)job->sent;
+    if (!(p->facts & WSF_OPEN) || p->count == 0)
+        return WSF_DONE;
+    CHECK(job->frames == p->count && job->size == peer_bytes(p) && left <= job->size);
+    CHECK(job->direct == ((p->facts & (WSF_DIRECT | WSF_UNSURE)) == WSF_DIRECT));
+    if (!job->direct) {
+        w->totals.through++;
+        return WSF_THROUGH;
+    }
+    CHECK(p->transport.size == 0);
+    w->totals.writes++;
+    if (job->sent < 0) {
+        CHECK(p->far_fd < 0);
+        w->totals.failed++;
+        while (p->count != 0) {
+            take_off(&p->items[0]);
+            p->items[0].of->tally.failed++;
+            remove_item(p, 0);
+        }
+        must_close(w, p, WSF_BY_END);
+        return WSF_FAILED;
+    }
+    while (p->count != 0 && p->items[0].of->encoded[p->variant].size <= left) {
+        letter *l = p->items[0].of;
+        bytes_add(&p->expected, l->encoded[p->variant].data, l->encoded[p->variant].size);
+        left -= l->encoded[p->variant].size; /* while it lives */
+        must_count(w, p, l);
+        take_off(&p->items[0]);
+        l->tally.sent++;
+        remove_item(p, 0);
+    }
+    if (p->count == 0)
+        return WSF_DONE;
+    letter *l = p->items[0].of;
+    const bytes *data = &l->encoded[p->variant];
+    const size_t rest = data->size - (size_t)left;
+    *offset = (size_t)left;
+    bytes_add(&p->expected, data->data, data->size);
+    bytes_add(&p->transport, data->data + left, rest);
+    must_count(w, p, l);
+    take_off(&p->items[0]);
+    l->tally.queued++;
+    remove_item(p, 0);
+    must_block(w, p, rest);
+    return WSF_REST;
+}
+
+/* The jobs are of those who stand first in line, in that order. */
+static void check_plan(const world *w)
+{
+    uint32_t at = 0;
+    for (uint32_t i = 0; i < w->fanout->job_count; i++)
+        if (w->fanout->jobs[i].link != NULL)
+            CHECK(at < w->line_count && w->fanout->jobs[i].link == w->line[at++]->link);
+    CHECK(at == w->line_count || w->fanout->job_count == WSF_BATCH);
+}
+
+static void settle(world *w, int64_t carried_out)
+{
+    static peer *through[WSF_BATCH];
+    uint32_t through_count = 0;
+    wsf_remainder remainder;
+    for (int64_t i = 0; i < carried_out; i++) {
+        const wsf_job job = w->fanout->jobs[i];
+        size_t offset = 0;
+        if (job.link == NULL)
+            continue;
+        peer *p = peer_of(job.link);
+        const letter *first = p->count == 0 ? NULL : p->items[0].of;
+        leave_line(w, p);
+        int what = must_settle(w, &job, &offset);
+        if (what == WSF_DONE)
+            continue;
+        CHECK(wsf_fanout_settle(w->fanout, count, &remainder) == what);
+        CHECK(remainder.link == job.link && remainder.what == what);
+        if (what == WSF_THROUGH)
+            through[through_count++] = p;
+        if (what == WSF_FAILED)
+            CHECK(remainder.error == -job.sent);
+        if (what == WSF_REST) {
+            size_t size = remainder.frame->size - remainder.offset;
+            CHECK(remainder.offset == offset && size == p->transport.size && first != NULL);
+            CHECK(memcmp(p->transport.data, remainder.frame->data + offset, size) == 0);
+            wsf_frame_release(remainder.frame);
+        }
+    }
+    CHECK(wsf_fanout_settle(w->fanout, count, &remainder) == WSF_DONE);
+    for (uint32_t i = 0; i < through_count; i++)
+        write_through(w, through[i]);
+}
+
+static void flush(world *w, int64_t deadline_ns)
+{
+    inject_fault(one_in(&w->random, 6), true);
+    uint32_t jobs = wsf_fanout_plan(w->fanout);
+    (void)end_faults();
+    CHECK(jobs == w->fanout->job_count && jobs <= WSF_BATCH && (jobs != 0) == (w->fanout->line.count != 0));
+    check_plan(w);
+    if (jobs == 0)
+        return;
+    wsf_fanout_send(w->fanout, w->pool, deadline_ns);
+    int64_t carried_out = w->fanout->taken < (int64_t)jobs ? w->fanout->taken : (int64_t)jobs;
+    CHECK(carried_out > 0);
+    settle(w, carried_out);
+}
+
+/* The transport goes on, and tells once all has left. */
+static void transport_step(world *w, peer *p)
+{
+    if (!transport_write(w, p))
+        return;
+    if (p->transport.size == 0)
+        unblock(w, p);
+    else if ((p->facts & WSF_BLOCKED) && one_in(&w->random, 3))
+        block(w, p, p->transport.size);
+}
+
+static void some_library_write(world *w, peer *p)
+{
+    uint8_t ping[2 + 125] = {0x89};
+    ping[1] = (uint8_t)below(&w->random, 126);
+    if (!(p->facts & WSF_OPEN) || !library_write(w, p, ping, 2 + (size_t)ping[1]))
+        return;
+    if (p->transport.size != 0 && one_in(&w->random, 2))
+        block(w, p, p->transport.size);
+}
+
+static void some_fragment(world *w, peer *p)
+{
+    const uint8_t fragments[2][4] = {{0x01, 2, 'a', 'b'}, {0x80, 2, 'c', 'd'}};
+    const bool under_way = (p->facts & WSF_FRAGMENT) != 0;
+    if (!(p->facts & WSF_OPEN) || !library_write(w, p, fragments[under_way], 4))
+        return;
+    if (under_way) {
+        wsf_link_clear(w->fanout, p->link, WSF_FRAGMENT);
+        must_clear(w, p, WSF_FRAGMENT);
+    } else {
+        wsf_link_set(w->fanout, p->link, WSF_FRAGMENT);
+        must_set(w, p, WSF_FRAGMENT);
+    }
+}
+
+static void expire(world *w)
+{
+    const int64_t before_ns = w->now_ns - w->limits.max_age_ns;
+    for (uint32_t i = 0; i < w->fanout->waiting_count; i++)
+        w->order[i] = peer_of(w->fanout->waiting[i]);
+    for (uint32_t i = 0; i < w->waiting_count; i++) {
+        peer *p = w->order[i];
+        if (w->limits.policy == WSF_KEEP || !(p->facts & WSF_OPEN))
+            continue;
+        if (w->limits.policy != WSF_DISCONNECT)
+            (void)must_drop(w, p, UINT64_MAX, before_ns, WSF_BY_AGE, NULL);
+        else if ((p->facts & WSF_BLOCKED) && p->blocked_ns < before_ns)
+            must_give_up(w, p, WSF_BY_AGE);
+    }
+    wsf_fanout_expire(w->fanout);
+}
+
+static void shed(world *w)
+{
+    const uint64_t most = w->limits.max_total_bytes, enough = most - most / 8;
+    const bool drops = w->limits.policy != WSF_KEEP && w->limits.policy != WSF_DISCONNECT;
+    uint32_t waiting = w->waiting_count;
+    bool is_over = wsf_fanout_is_over(w->fanout);
+    CHECK(is_over == ((uint64_t)expected_account(w) > most));
+    wsf_fanout_shed(w->fanout);
+    if (!is_over)
+        return;
+    /* Equals may stand in any order. */
+    for (uint32_t i = 0; i < waiting; i++) {
+        w->order[i] = peer_of(w->fanout->waiting[i]);
+        CHECK(waits(w->order[i]) && (i == 0 || peer_bytes(w->order[i - 1]) >= peer_bytes(w->order[i])));
+    }
+    /* A table of keys goes with the last entry, as the account of the model sees in the outbox: take it as it is now. */
+    int64_t account = 0;
+    for (uint32_t i = 0; i < waiting && drops; i++) {
+        if ((uint64_t)(account = expected_account(w)) <= enough)
+            break;
+        (void)must_drop(w, w->order[i], 0, INT64_MAX, WSF_BY_BUDGET, NULL);
+    }
+    for (uint32_t i = 0; i < waiting; i++) {
+        if ((uint64_t)(account = expected_account(w)) <= enough)
+            break;
+        if ((w->order[i]->facts & WSF_OPEN) && peer_bytes(w->order[i]) != 0)
+            must_give_up(w, w->order[i], WSF_BY_BUDGET);
+    }
+    (void)account;
+}
+
+static void end_window(world *w)
+{
+    wsf_fanout_end_window(w->fanout);
+    for (uint32_t i = 0; i < w->later_count; i++) {
+        peer *p = w->later[i];
+        p->facts &= ~(uint32_t)WSF_LATER;
+        if (p->count != 0 && !waits(p))
+            stand_in_line(w, p);
+    }
+    w->later_count = 0;
+}
+
+static void hang_up(world *w, peer *p)
+{
+    if (p->far_fd < 0)
+        return;
+    if (one_in(&w->random, 2))
+        (void)far_read(w, p, SIZE_MAX); /* what is left unread makes a reset of the end */
+    close(p->far_fd);
+    p->far_fd = -1;
+}
+
+static void some_operation_on(world *w, peer *p)
+{
+    chance *random = &w->random;
+    switch (below(random, 10)) {
+    case 0:
+    case 1:
+    case 2: (void)far_read(w, p, one_in(random, 4) ? SIZE_MAX : below(random, 5000)); return;
+    case 3:
+    case 4:
+    case 5: transport_step(w, p); return;
+    case 6: some_library_write(w, p); return;
+    case 7: some_fragment(w, p); return;
+    case 8:
+        if (one_in(random, 4))
+            hang_up(w, p);
+        return;
+    default:
+        if (one_in(random, 12))
+            forget(w, p);
+        else if (one_in(random, 30)) {
+            wsf_link_close(w->fanout, p->link, WSF_BY_END);
+            must_close(w, p, WSF_BY_END);
+        }
+    }
+}
+
+static void some_operation(world *w)
+{
+    chance *random = &w->random;
+    peer *p = &w->peers[below(random, w->size->peers)];
+    w->now_ns += below(random, 100);
+    w->fanout->now_ns = w->now_ns;
+    switch (below(random, 16)) {
+    case 0:
+    case 1:
+    case 2:
+    case 3: some_push(w); return;
+    case 4:
+    case 5:
+    case 6: flush(w, one_in(random, 3) ? 0 : INT64_MAX); return;
+    case 7:
+        if (p->link == NULL)
+            admit(w, p);
+        return;
+    case 8: end_window(w); return;
+    case 9: expire(w); return;
+    case 10:
+        if (one_in(random, 2))
+            shed(w);
+        return;
+    case 11: {
+        letter *l = &w->letters[below(random, LETTERS)];
+        if (l->message != NULL && l->is_held)
+            release_letter(l);
+        return;
+    }
+    case 12:
+        if (w->report_count > MOST_REPORTS / 8 || one_in(random, 4))
+            take_reports(w);
+        w->fanout->wants_reports = !one_in(random, 4);
+        return;
+    default:
+        p = some_peer(w);
+        if (p != NULL)
+            some_operation_on(w, p);
+    }
+}
+
+/* ---- random programs ---------------------------------------------------------------------------------------------- */
+
+static world *open_world(uint64_t seed, const scale *size)
+{
+    world *w = must_alloc(1, sizeof *w);
+    chance *random = &w->random;
+    w->random.state = seed;
+    w->size = size;
+    w->peers = must_alloc(size->peers, sizeof *w->peers);
+    w->line = must_alloc(size->peers, sizeof *w->line);
+    w->later = must_alloc(size->peers, sizeof *w->later);
+    w->order = must_alloc(size->peers, sizeof *w->order);
+    w->now_ns = 1000000;
+    for (size_t i = 0; i < sizeof w->payload; i++)
+        w->payload[i] = (uint8_t)draw(random);
+    w->limits.policy = (uint32_t)(seed % WSF_POLICIES);
+    w->limits.max_bytes = 1 + below(random, one_in(random, 3) ? 400 : 40000);
+    w->limits.low_bytes = w->limits.max_bytes * below(random, 5) / 4;
+    w->limits.max_age_ns = 1 + below(random, 5000);
+    w->limits.max_total_bytes = one_in(random, 3) ? 1 + below(random, 300000) : 1 << 24;
+    w->fanout = wsf_fanout_new(&w->limits);
+    SHIM_REQUIRE(w->fanout != NULL);
+    w->fanout->now_ns = w->now_ns;
+    w->fanout->pushes = UINT32_MAX - below(random, 20);
+    if (size->helpers != 0)
+        w->pool = wsf_pool_new(size->helpers);
+    for (uint32_t i = 0; i < size->peers; i++)
+        w->peers[i].fd = w->peers[i].far_fd = -1;
+    return w;
+}
+
+static void close_world(world *w)
+{
+    for (uint32_t i = 0; i < w->size->peers; i++) {
+        if (w->peers[i].link != NULL)
+            forget(w, &w->peers[i]);
+        free(w->peers[i].expected.data);
+        free(w->peers[i].transport.data);
+    }
+    check_world(w);
+    for (uint32_t i = 0; i < LETTERS; i++) {
+        if (w->letters[i].message != NULL)
+            release_letter(&w->letters[i]);
+        for (uint32_t variant = 0; variant < VARIANTS; variant++)
+            free(w->letters[i].encoded[variant].data);
+    }
+    CHECK(w->fanout->account == 0);
+    if (w->pool != NULL)
+        wsf_pool_free(w->pool);
+    wsf_fanout_free(w->fanout);
+    free(w->peers);
+    free(w->line);
+    free(w->later);
+    free(w->order);
+    free(w);
+}
+
+static void run_world(uint64_t seed, const scale *size)
+{
+    current_seed = seed;
+    make_keys();
+    world *w = open_world(seed, size);
+    for (uint32_t i = 0; i < size->peers; i++)
+        if (size->peers > 20 || one_in(&w->random, 2))
+            admit(w, &w->peers[i]);
+    for (current_step = 0; current_step < size->steps; current_step++) {
+        some_operation(w);
+        check_world(w);
+    }
+    close_world(w);
+    free_keys();
+    check_nothing_lives();
+}
+
+static void test_random(uint64_t seed)
+{
+    static const scale few = {.peers = 14, .steps = 1500, .is_small = true};
+    for (uint64_t i = 0; i < 2 * WSF_POLICIES; i++)
+        run_world(seed * 2 * WSF_POLICIES + i, &few);
+}
+
+static void test_crowd(uint64_t seed)
+{
+    static const scale many = {.peers = 400, .steps = 120, .is_small = true, .helpers = 3},
+                       fast = {.peers = 400, .steps = 120, .helpers = 2};
+    struct rlimit files;
+    SHIM_REQUIRE(getrlimit(RLIMIT_NOFILE, &files) == 0);
+    files.rlim_cur = files.rlim_max;
+    (void)setrlimit(RLIMIT_NOFILE, &files);
+    for (uint64_t i = 0; i < WSF_POLICIES; i++)
+        run_world(seed * WSF_POLICIES + i, one_in(&(chance){seed + i}, 3) ? &fast : &many);
+}
+
 /* ---- main ------------------------------------------------------------------------------------------------------------------------ */
 
 int main(int argc, char **argv)
 {
     static const test_part parts[] = {
-        {"frames", test_frames, 1}, {"outbox", test_outbox, 2},
+        {"frames", test_frames, 1},
+        {"outbox", test_outbox, 2},
+        {"random", test_random, 2},
+        {"crowd", test_crowd, 1},
     };
-    return run_parts(parts, sizeof parts / sizeof *parts, argc, argv);
+    return run_parts(parts, LENGTH(parts), argc, argv);
 }
