@@ -422,15 +422,26 @@ static int replace(wsf_fanout *fanout, wsf_link *link, wsf_frame *frame)
     return 1;
 }
 
+static void get_in_line(wsf_fanout *fanout, wsf_link *link, int is_late)
+{
+    if (is_late)
+        line_push(fanout, &fanout->later, link, WSF_LATER);
+    else
+        line_push(fanout, &fanout->line, link, WSF_IN_LINE);
+}
+
 /* Whether the link has taken the frame, and the reference to it. The message's tally has it in any case. */
 static int append(wsf_fanout *fanout, wsf_link *link, wsf_frame *frame, int is_late)
 {
     wsf_tally *tally = &frame->message->tally;
-    if ((link->facts & WSF_OPEN) && fanout->limits.policy == WSF_CONFLATE && frame->message->key != NULL &&
-        link->outbox.count != 0 && replace(fanout, link, frame))
-        return 1;
-    tally->targets++;
     int waits = (link->facts & WSF_WAITS) != 0;
+    if ((link->facts & WSF_OPEN) && fanout->limits.policy == WSF_CONFLATE && frame->message->key != NULL &&
+        link->outbox.count != 0 && replace(fanout, link, frame)) {
+        if (!waits)
+            get_in_line(fanout, link, is_late); /* the older one may have been for the end of the window */
+        return 1;
+    }
+    tally->targets++;
     if (!(link->facts & WSF_OPEN) || (waits && !make_way(fanout, link, frame)) ||
         wsf_outbox_push(&link->outbox, &fanout->account, frame, waits ? WSF_QUEUED : 0) != WSF_OK) {
         tally->dropped++;
@@ -440,10 +451,7 @@ static int append(wsf_fanout *fanout, wsf_link *link, wsf_frame *frame, int is_l
         tally->queued++;
     } else {
         tally->pending++;
-        if (is_late)
-            line_push(fanout, &fanout->later, link, WSF_LATER);
-        else
-            line_push(fanout, &fanout->line, link, WSF_IN_LINE);
+        get_in_line(fanout, link, is_late);
     }
     return 1;
 }
