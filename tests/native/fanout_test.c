@@ -687,8 +687,8 @@ static void must_take(world *w, peer *p, letter *l, bool is_late)
 {
     const uint64_t before = peer_bytes(p), size = l->encoded[p->variant].size;
     if ((p->facts & WSF_OPEN) && w->limits.policy == WSF_CONFLATE && l->key != NO_KEY && must_replace(w, p, l)) {
-        if (!waits(p) && !is_late)
-            stand_in_line(w, p);
+        if (!waits(p))
+            must_stand(w, p, is_late);
         return;
     }
     l->tally.targets++;
