@@ -49,11 +49,11 @@ enum {
 typedef struct wsf_link {
     _Alignas(64) uint32_t facts;
     uint32_t variant; /* of the frames it gets */
-    wsf_outbox outbox;
     int fd;
-    uint32_t line_at; /* place in the line, while it is there; the same for the three that follow */
-    uint32_t later_at, waiting_at, all_at;
-    uint64_t left_out_of;  /* number of the push that does not mean it; they are counted from 1, and do not come round */
+    uint32_t line_at;     /* place in the line, while it is there */
+    uint64_t left_out_of; /* number of the push that does not mean it; they are counted from 1, and do not come round */
+    wsf_outbox outbox;    /* its keys are on the second cache line */
+    uint32_t later_at, waiting_at, all_at; /* places, as line_at */
     uint64_t in_transport; /* bytes, while it is blocked */
     int64_t blocked_ns;    /* since when it is blocked */
     PyObject *record;      /* borrowed; its address is what a link is found by */
