@@ -5,7 +5,7 @@ The kernel would take all of that for a connection and say nothing, so its buffe
 The others' *completion* is the time from the first message until the last of them has read the last one. It is
 compared with the same run in which everybody reads. *Kept* is what the manager says that it keeps at the end of the
 messages, *grown* what its process has grown by beyond the run without slow clients; the *bound* is what the policy
-allows: so many bytes for each stalled connection, or in all. Each run has a server and receivers of its own."""
+allows: so many bytes for each stalled connection, or in all. Both runs of a pair are on the same connections, one after the other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from bench.harness import Benchmark, Report, figure
-from bench.wire import Rig, rss
+from bench.wire import Receivers, Rig, Server, rss
 
 _SIZE = 4096
 _PAUSE_S = 0.002  # between two messages
@@ -45,26 +45,28 @@ class _Outcome:
     stats: dict[str, Any]
 
 
-def _once(rig: Rig, effort: _Effort, policy: str, slow: int) -> _Outcome:
-    """One run with a server and receivers of its own."""
+def _pair(rig: Rig, effort: _Effort, policy: str) -> tuple[_Outcome, _Outcome]:
+    """A run in which all read, and one in which some do not, right after it on the same connections."""
     backpressure = {"policy": policy, "max_bytes": _MAX_BYTES, "max_total_bytes": _MAX_TOTAL_BYTES}
     server, receivers = rig.start("wsfast", effort.connections, backpressure=backpressure, buffer=_KERNEL_BYTES)
-    receivers.expect(3, 3 * _SIZE)
-    server.call("stream", size=_SIZE, messages=3, pause_s=_PAUSE_S)
-    receivers.done_ns()
-    before = rss(server.pid)
-    receivers.pause(slow)
-    receivers.expect(effort.messages, effort.messages * _SIZE)
-    stats = server.call("stream", size=_SIZE, messages=effort.messages, pause_s=_PAUSE_S)
-    done_ns = receivers.done_ns()
-    outcome = _Outcome(
-        (done_ns - stats["begin_ns"]) / 1e9, rss(server.pid) - before, server.call("stats")["queued_bytes"], stats
-    )
+    _once(server, receivers, effort.messages // 10)
+    without_slow = _once(server, receivers, effort.messages)
+    receivers.pause(effort.slow)
+    with_slow = _once(server, receivers, effort.messages)
     receivers.close()
     server.close()
-    if slow and not (outcome.queued or _given_up(stats)):
+    if not (with_slow.queued or _given_up(with_slow.stats)):
         raise AssertionError("the slow clients were not slow")
-    return outcome
+    return without_slow, with_slow
+
+
+def _once(server: Server, receivers: Receivers, messages: int) -> _Outcome:
+    before = rss(server.pid)
+    receivers.expect(messages, messages * _SIZE)
+    stats = server.call("stream", size=_SIZE, messages=messages, pause_s=_PAUSE_S)
+    done_ns = receivers.done_ns()
+    queued = server.call("stats")["queued_bytes"]
+    return _Outcome((done_ns - stats["begin_ns"]) / 1e9, rss(server.pid) - before, queued, stats)
 
 
 def _given_up(stats: dict[str, Any]) -> int:
@@ -76,10 +78,8 @@ def _run(report: Report) -> None:
     found: dict[str, list[tuple[_Outcome, _Outcome]]] = {policy: [] for policy in _POLICIES}
     with Rig() as rig:
         for _ in range(effort.repetitions):
-            # Where nobody is slow, the policy has nothing to say.
-            without_slow = _once(rig, effort, _POLICIES[0], 0)
             for policy in _POLICIES:
-                found[policy].append((without_slow, _once(rig, effort, policy, effort.slow)))
+                found[policy].append(_pair(rig, effort, policy))
     rows = []
     for policy, pairs in found.items():
         without = median(one.seconds for one, _ in pairs)

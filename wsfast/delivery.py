@@ -105,7 +105,8 @@ class Backpressure:
                 rest, as ``drop_oldest``.
             ``keep``
                 Drop nothing for one connection's limits: only ``max_total_bytes`` holds.
-        resume_below: where dropping ends, as a share of ``max_bytes``. Also where a ``send`` that waits goes on.
+        resume_below: where dropping ends, and where a ``send`` that waits goes on: a number of bytes, or, as a float, a
+            share of ``max_bytes``.
         max_total_bytes: that all connections of the manager may make it keep: frames, each counted once however many
             outboxes it is in; the outboxes; and what transports hold. Beyond it, those for whom most waits lose what
             waits, or are disconnected if the policy drops nothing or if that is not enough.
@@ -117,7 +118,7 @@ class Backpressure:
     max_bytes: int = 2**20
     max_age_s: float = 30.0
     policy: Policy = "disconnect"
-    resume_below: float = 0.5
+    resume_below: int | float = 0.5
     max_total_bytes: int = 256 * 2**20
     code: int = TOO_SLOW.code
     reason: str = TOO_SLOW.reason
@@ -129,10 +130,18 @@ class Backpressure:
             raise InvalidSetting("backpressure.max_bytes", self.max_bytes, "1 or more")
         if not 0 < self.max_age_s < 1e9:
             raise InvalidSetting("backpressure.max_age_s", self.max_age_s, "more than 0, and less than 10**9")
-        if not 0 <= self.resume_below <= 1:
-            raise InvalidSetting("backpressure.resume_below", self.resume_below, "from 0 to 1")
+        if not 0 <= self.resume_below_bytes <= self.max_bytes:
+            raise InvalidSetting(
+                "backpressure.resume_below", self.resume_below, "from 0 to max_bytes, or as a float from 0 to 1"
+            )
         if not self.max_total_bytes >= 1:
             raise InvalidSetting("backpressure.max_total_bytes", self.max_total_bytes, "1 or more")
+
+    @property
+    def resume_below_bytes(self) -> int:
+        """``resume_below`` in bytes."""
+        share = self.resume_below
+        return share if isinstance(share, int) else int(share * self.max_bytes)
 
 
 BACKPRESSURE = Backpressure()
@@ -200,7 +209,7 @@ class Delivery:
         self._registry = registry
         self._events = events
         self._max_message_bytes = max_message_bytes
-        self._low_bytes = int(backpressure.max_bytes * backpressure.resume_below)
+        self._low_bytes = backpressure.resume_below_bytes
         self._policy = backpressure.policy
         self._look_s = max(_SHORTEST_LOOK_S, backpressure.max_age_s / _LOOKS_PER_AGE)
         self._give_up = give_up
@@ -214,8 +223,8 @@ class Delivery:
             max_total_bytes=backpressure.max_total_bytes,
         )
         self.threads = threads
-        # Of the registry, by the manager.
-        self._admitted = self._forgotten = 0
+        # How many connections the manager has added to the registry and removed from it, after those before its time.
+        self._admitted, self._forgotten = (0, 0) if len(registry) else registry.changes()
         self._variants: dict[Hashable, int] = {}
         # Links to which only the library can send.
         self._by_library: set[Link] = set()
