@@ -5,7 +5,9 @@ The kernel would take all of that for a connection and say nothing, so its buffe
 The others' *completion* is the time from the first message until the last of them has read the last one. It is
 compared with the same run in which everybody reads. *Kept* is what the manager says that it keeps at the end of the
 messages, *grown* what its process has grown by beyond the run without slow clients; the *bound* is what the policy
-allows: so many bytes for each stalled connection, or in all. Both runs of a pair are on the same connections, one after the other."""
+allows: so many bytes for each stalled connection, or in all. Both runs of a pair are on the same connections, one
+after the other.
+"""
 
 from __future__ import annotations
 
