@@ -62,6 +62,7 @@ TOO_SLOW = Closed(1013, "too slow: too much waited to be sent; connect again", "
 
 # How long a flush holds the loop at a time. A ping or a small request waits no longer than this for it.
 _SLICE_NS = 1_000_000
+_FOREVER_NS = 10**15
 
 # Records taken from the registry under one lock while the targets are listed.
 _BATCH = 1000
@@ -182,6 +183,16 @@ class Undelivered:
     nbytes: int
 
 
+class _Sending:
+    """The calls of ``send`` to one connection that are under way, and what broke it meanwhile."""
+
+    __slots__ = ("count", "error")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.error: Exception | None = None
+
+
 class Delivery:
     """Sends messages to the connections of one registry.
 
@@ -236,6 +247,8 @@ class Delivery:
         self._kept_bytes = 0
         # Resolved at the end of the next flush.
         self._flushed: asyncio.Future[None] | None = None
+        # Calls of send that are under way.
+        self._sending: dict[Link, _Sending] = {}
         # Who waits until no more than so many bytes wait for a link.
         self._room: dict[Link, list[tuple[int, asyncio.Future[None]]]] = {}
         # Tasks that send by the library, which has its own flow control.
@@ -318,6 +331,24 @@ class Delivery:
         link = self._fanout.get(record)
         if link is None or not link.is_open:
             raise _closed_error(record)
+        sending = self._sending.setdefault(link, _Sending())
+        sending.count += 1
+        try:
+            await self._send(link, encoded, record)
+        finally:
+            sending.count -= 1
+            if sending.count == 0:
+                del self._sending[link]
+        if encoded.sent or encoded.queued:
+            return
+        if sending.error is not None:
+            raise PeerFailed(record.client_id, sending.error)
+        if encoded.disconnected:
+            raise PeerTooSlow(record.client_id)
+        raise _lost_error(record, link)
+
+    async def _send(self, link: Link, encoded: Encoded, record: ConnectionMeta) -> None:
+        """Push a message to one connection, and wait until it has left or there is room again."""
         self._push(encoded, [record], ())
         if encoded.pending:
             await asyncio.sleep(0)  # the flush was scheduled before this task
@@ -325,11 +356,6 @@ class Delivery:
             await self._next_flush()
         if encoded.queued and link.bytes > self._low_bytes:
             await self._wait_for_room(link, self._low_bytes)
-        if encoded.sent or encoded.queued:
-            return
-        if encoded.failed or not link.is_open:
-            raise _closed_error(record, ws_of=link)
-        raise PeerTooSlow(record.client_id)
 
     async def broadcast(
         self,
@@ -462,10 +488,11 @@ class Delivery:
             return
         fanout.end_window()
         while fanout.in_line:
-            self._flush(None)
+            self._flush(is_whole=True)
         if fanout.is_over:
             fanout.shed(monotonic_ns())
             self._publish()
+            self._tell_all_rooms()
 
     # ---- flushing
 
@@ -493,27 +520,32 @@ class Delivery:
             self._schedule()
         self._tell_room(link)
 
-    def _flush(self, slice_ns: int | None = _SLICE_NS) -> None:
+    def _flush(self, is_whole: bool = False) -> None:
         """Send what is in line, for a slice of time or all of it."""
         if self._flush_handle is not None:
             self._flush_handle.cancel()
             self._flush_handle = None
         fanout, self._is_flushing = self._fanout, True
         try:
-            for link, what, detail in fanout.flush(monotonic_ns(), slice_ns if slice_ns is not None else 10**15):
+            for link, what, detail in fanout.flush(monotonic_ns(), _FOREVER_NS if is_whole else _SLICE_NS):
                 self._finish(link, what, detail)
         finally:
             self._is_flushing = False
             self._kept_bytes = fanout.queued_bytes
             if fanout.in_line:
                 self._schedule()
-            if self._flushed is not None and not self._flushed.done():
-                self._flushed.set_result(None)
-            self._flushed = None
+            self._tell_flushed()
         if fanout.has_reports:
             self._publish()
+        if self._room:
+            self._tell_all_rooms()
         if self._look is None and fanout.has_waiting:
             self._look = asyncio.get_running_loop().call_later(self._look_s, self._look_at_waiting)
+
+    def _tell_flushed(self) -> None:
+        if self._flushed is not None and not self._flushed.done():
+            self._flushed.set_result(None)
+        self._flushed = None
 
     async def _next_flush(self) -> None:
         if self._flushed is None:
@@ -571,10 +603,16 @@ class Delivery:
 
     async def _work_off(self, link: Link, ws: Any, adapter: Adapter) -> None:
         """Send what waits for a connection in the library's own way."""
+        record: Any = link.record
+        is_counted = adapter.counts_sent(ws)
         try:
             while (message := link.peek_message()) is not None:
-                link.commit(1, len(message), is_counted=adapter.counts_sent(ws))
+                nbytes = len(message.encode() if isinstance(message, str) else message)
+                # Taken before it is sent, since what waits may be dropped or replaced meanwhile.
+                link.commit(1, nbytes, is_counted=True)
                 await adapter.send(ws, message)
+                if not is_counted:
+                    record.sent(nbytes)
         except Exception as error:
             self._fail(link, error)
         link.writable()
@@ -583,6 +621,8 @@ class Delivery:
         """The connection is broken."""
         record, ws = link.record, link.ws
         link.close()
+        if link in self._sending:
+            self._sending[link].error = error
         if record is None:
             return
         record.failed("out")
@@ -599,6 +639,7 @@ class Delivery:
         fanout.wants_reports = self._events.wants(MessagesDropped)
         fanout.expire(monotonic_ns())
         self._publish()
+        self._tell_all_rooms()
         if fanout.has_waiting:
             self._look = asyncio.get_running_loop().call_later(self._look_s, self._look_at_waiting)
 
@@ -638,6 +679,11 @@ class Delivery:
                 future.set_result(None)
         if left:
             self._room[link] = left
+
+    def _tell_all_rooms(self) -> None:
+        """After something that may have made room without a word of the transports."""
+        for link in list(self._room):
+            self._tell_room(link)
 
     # ---- the end
 
@@ -681,6 +727,7 @@ class Delivery:
                 handle.cancel()
         for task in self._senders:
             task.cancel()
+        self._tell_flushed()
         self._fanout.close()
 
 
@@ -697,12 +744,17 @@ def _result(encoded: Encoded, started: float) -> BroadcastResult:
     )
 
 
-def _closed_error(record: ConnectionMeta, ws_of: Link | None = None) -> PeerError:
+def _lost_error(record: ConnectionMeta, link: Link) -> PeerError:
+    """Why a message was dropped."""
+    return PeerTooSlow(record.client_id) if link.is_open else _closed_error(record, link.ws)
+
+
+def _closed_error(record: ConnectionMeta, ws: object = None) -> PeerError:
     """Why nothing can be sent to *record* any more."""
-    ws = record.conn if ws_of is None or ws_of.ws is None else ws_of.ws
+    ws = record.conn if ws is None else ws
     if ws is None:
         return PeerClosed(record.client_id)
     closed = adapter_for(ws).closed(ws)
     if closed is None:
-        return PeerFailed(record.client_id, ConnectionError("the connection broke"))
+        return PeerTooSlow(record.client_id)  # it was given up, and is about to be closed
     return PeerClosed(record.client_id, closed.code, closed.reason)
