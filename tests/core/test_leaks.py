@@ -102,9 +102,11 @@ def assert_balanced(impl: Implementation, use: Callable[[Any, Objects], object])
     """``use(registry, objects)`` keeps no reference, the first time and later."""
     registry, objects = impl.Registry(4), Objects()
     start = objects.counts()
+    use(registry, objects)
+    assert objects.counts() == start
     for _ in range(10):
         use(registry, objects)
-        assert objects.counts() == start
+    assert objects.counts() == start
     del registry
     assert objects.counts() == start
 
