@@ -133,7 +133,7 @@ cdef class Link:
     cdef PyObject *held_ws
     cdef readonly bint is_native
 
-    def __init__(self):
+    def __init__(self, *args, **kwargs):
         raise TypeError("links are made by Fanout.admit")
 
     def __dealloc__(self):

@@ -11,7 +11,7 @@ Threads: the event loop's only. While ``flush`` has given up the GIL, a change f
 
 from builtins import bytes as _bytes
 from collections.abc import Callable, Iterable
-from typing import Any, Final, final
+from typing import Any, Final, Self, final
 
 from wsfast._core import ConnectionMeta
 
@@ -60,6 +60,8 @@ class Link:
     It keeps its record and its connection object alive until it is forgotten, and is not seen by the garbage collector.
     """
 
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        """Raises TypeError: only ``Fanout.admit`` makes links."""
     @property
     def record(self) -> Any: ...
     @property
@@ -126,8 +128,8 @@ class Fanout:
         helpers: threads that help to send; they start with the first flush of 64 connections or more.
     """
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         wake_up: Callable[[Link], object],
         hand_over: Callable[[Link], object],
         *,
@@ -137,7 +139,7 @@ class Fanout:
         max_age_ns: int,
         max_total_bytes: int,
         helpers: int = 0,
-    ) -> None: ...
+    ) -> Self: ...
     def __len__(self) -> int: ...
     def add_variant(self, encode: Callable[[bytes, bool], bytes]) -> int:
         """The number of a kind of frames that are made from the payload, and whether it is text, by *encode*, and that
