@@ -17,6 +17,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -104,6 +105,7 @@ static void test_frames(uint64_t seed)
                                      256,   65534, 65535,     65536,      65537,      1 << 20,     UINT32_MAX, 1ULL << 32,
                                      (1ULL << 32) + 1, (1ULL << 40) + 0xABCDE, INT64_MAX};
     chance random = {seed};
+    current_seed = seed;
     for (size_t bits = 0; bits < LENGTH(every_first_bits); bits++) {
         for (size_t i = 0; i < LENGTH(sizes) + 1000; i++) {
             uint8_t expected[WSF_MAX_HEADER + 1] = {0}, actual[WSF_MAX_HEADER + 1] = {0};
@@ -318,12 +320,15 @@ static void bytes_skip(bytes *from, size_t size)
         memmove(from->data, from->data + size, from->size);
 }
 
-/* Small buffers, so that sockets take less than they are given. */
-static void limit_buffers(int fd)
+/* Small buffers, so that sockets take less than they are given. Those of TCP hold several segments: with less it falls
+ * back on its timers. */
+static void limit_buffers(int fd, bool is_tcp)
 {
-    const int size = 1;
-    SHIM_REQUIRE(setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof size) == 0);
-    SHIM_REQUIRE(setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &size, sizeof size) == 0);
+    const int send_size = is_tcp ? 4096 : 1, receive_size = 16384, segment = 1000;
+    SHIM_REQUIRE(setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &send_size, sizeof send_size) == 0);
+    SHIM_REQUIRE(setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &receive_size, sizeof receive_size) == 0);
+    if (is_tcp)
+        SHIM_REQUIRE(setsockopt(fd, IPPROTO_TCP, TCP_MAXSEG, &segment, sizeof segment) == 0);
 }
 
 static void open_tcp_pair(int *ends, bool is_small)
@@ -333,12 +338,12 @@ static void open_tcp_pair(int *ends, bool is_small)
     int listener = socket(AF_INET, SOCK_STREAM, 0);
     SHIM_REQUIRE(listener >= 0 && bind(listener, (struct sockaddr *)&address, length) == 0);
     if (is_small)
-        limit_buffers(listener);
+        limit_buffers(listener, true);
     SHIM_REQUIRE(listen(listener, 1) == 0 && getsockname(listener, (struct sockaddr *)&address, &length) == 0);
     ends[0] = socket(AF_INET, SOCK_STREAM, 0);
     SHIM_REQUIRE(ends[0] >= 0);
     if (is_small)
-        limit_buffers(ends[0]);
+        limit_buffers(ends[0], true);
     SHIM_REQUIRE(connect(ends[0], (struct sockaddr *)&address, length) == 0);
     ends[1] = accept(listener, NULL, NULL);
     SHIM_REQUIRE(ends[1] >= 0);
@@ -352,7 +357,7 @@ static void open_pair(int *ends, bool is_tcp, bool is_small)
     } else {
         SHIM_REQUIRE(socketpair(AF_UNIX, SOCK_STREAM, 0, ends) == 0);
         if (is_small)
-            limit_buffers(ends[0]);
+            limit_buffers(ends[0], false);
     }
     for (int end = 0; end < 2; end++)
         SHIM_REQUIRE(fcntl(ends[end], F_SETFL, O_NONBLOCK) == 0);
@@ -941,12 +946,13 @@ static void take_reports(world *w)
 static void end_stream(world *w, peer *p)
 {
     p->expected.size -= p->transport.size;
-    close(p->fd);
+    (void)shutdown(p->fd, SHUT_WR); /* closed, the kernel may lose patience and reset it */
     while (p->far_fd >= 0 && far_read(w, p, SIZE_MAX)) {
         struct pollfd wanted = {p->far_fd, POLLIN, 0};
         CHECK(poll(&wanted, 1, 20000) == 1);
     }
     CHECK(p->far_fd < 0 || p->expected.size == 0);
+    close(p->fd);
     if (p->far_fd >= 0)
         close(p->far_fd);
     p->expected.size = p->transport.size = 0;
@@ -986,7 +992,7 @@ static size_t some_size(chance *random)
     }
 }
 
-static letter *new_letter(world *w)
+static letter *new_letter(world *w, uint64_t size, int key)
 {
     letter *l = NULL;
     chance *random = &w->random;
@@ -995,19 +1001,19 @@ static letter *new_letter(world *w)
     if (l->message != NULL)
         return NULL;
     const bool is_text = one_in(random, 2);
-    l->payload_size = some_size(random);
+    l->payload_size = size;
     memset(&l->tally, 0, sizeof l->tally);
-    l->key = one_in(random, 2) ? NO_KEY : (int)below(random, 12);
+    l->key = key;
     l->created_ns = w->now_ns;
     l->is_held = true;
     l->message = wsf_message_new(&w->fanout->account, w->now_ns, key_object(random, l->key), l->payload_size);
     for (uint32_t variant = 0; variant < VARIANTS; variant++) {
         uint8_t header[WSF_MAX_HEADER], first = (uint8_t)((is_text ? 1 : 2) | (variant == 0 ? 0 : 0x40));
-        size_t size = (size_t)l->payload_size / (variant + 1) + variant;
+        size_t length = (size_t)size / (variant + 1) + variant; /* as if it were compressed */
         const uint8_t *payload = w->payload + below(random, 4096);
-        l->frames[variant] = wsf_frame_new(l->message, first, payload, size);
-        bytes_add(&l->encoded[variant], header, spell_header(first, size, header));
-        bytes_add(&l->encoded[variant], payload, size);
+        l->frames[variant] = wsf_frame_new(l->message, first, payload, length);
+        bytes_add(&l->encoded[variant], header, spell_header(first, length, header));
+        bytes_add(&l->encoded[variant], payload, length);
     }
     return l;
 }
@@ -1051,7 +1057,7 @@ static void push(world *w, letter *l, uint32_t targets, bool is_late)
 static void some_push(world *w)
 {
     chance *random = &w->random;
-    letter *l = new_letter(w);
+    letter *l = new_letter(w, some_size(random), one_in(random, 2) ? NO_KEY : (int)below(random, 12));
     if (l == NULL)
         return;
     push(w, l, one_in(random, 3) ? 1 : 1 + below(random, w->size->peers), one_in(random, 4));
@@ -1199,19 +1205,29 @@ static void settle(world *w, int64_t carried_out)
         write_through(w, through[i]);
 }
 
+static uint32_t plan(world *w)
+{
+    uint32_t jobs = wsf_fanout_plan(w->fanout);
+    CHECK(jobs == w->fanout->job_count && jobs <= WSF_BATCH && (jobs != 0) == (w->fanout->line.count != 0));
+    check_plan(w);
+    return jobs;
+}
+
+static void carry_out(world *w, uint32_t jobs, int64_t deadline_ns)
+{
+    wsf_fanout_send(w->fanout, w->pool, deadline_ns);
+    int64_t carried_out = w->fanout->taken < (int64_t)jobs ? w->fanout->taken : (int64_t)jobs;
+    CHECK(carried_out > 0 && (deadline_ns == 0 || carried_out == jobs));
+    settle(w, carried_out);
+}
+
 static void flush(world *w, int64_t deadline_ns)
 {
     inject_fault(one_in(&w->random, 6), true);
-    uint32_t jobs = wsf_fanout_plan(w->fanout);
+    uint32_t jobs = plan(w);
     (void)end_faults();
-    CHECK(jobs == w->fanout->job_count && jobs <= WSF_BATCH && (jobs != 0) == (w->fanout->line.count != 0));
-    check_plan(w);
-    if (jobs == 0)
-        return;
-    wsf_fanout_send(w->fanout, w->pool, deadline_ns);
-    int64_t carried_out = w->fanout->taken < (int64_t)jobs ? w->fanout->taken : (int64_t)jobs;
-    CHECK(carried_out > 0);
-    settle(w, carried_out);
+    if (jobs != 0)
+        carry_out(w, jobs, deadline_ns);
 }
 
 /* The transport goes on, and tells once all has left. */
@@ -1445,13 +1461,172 @@ static void close_world(world *w)
     free(w);
 }
 
+/* ---- each way a plan can send ------------------------------------------------------------------------------------- */
+
+/* A world that keeps everything, and that writes to all its peers itself, in frames of variant 0. */
+static world *open_plain_world(const scale *size)
+{
+    world *w = open_world(0, size);
+    w->limits.max_total_bytes = w->fanout->limits.max_total_bytes = UINT64_MAX / 2;
+    for (uint32_t i = 0; i < size->peers; i++) {
+        peer *p = &w->peers[i];
+        admit(w, p);
+        wsf_link_set(w->fanout, p->link, WSF_DIRECT);
+        p->facts |= WSF_DIRECT;
+        p->variant = p->link->variant = 0;
+    }
+    return w;
+}
+
+static void push_to(world *w, peer *p, letter *l)
+{
+    must_take(w, p, l, false);
+    wsf_fanout_push(w->fanout, &p->link, 1, l->frames, 0);
+}
+
+static void push_many(world *w, peer *p, letter *l, uint32_t times)
+{
+    for (; times > 0; times--)
+        push_to(w, p, l);
+}
+
+/* All that is under way arrives. */
+static void drain(world *w)
+{
+    for (bool is_idle = false; !is_idle;) {
+        is_idle = true;
+        flush(w, INT64_MAX);
+        for (uint32_t i = 0; i < w->size->peers; i++) {
+            peer *p = &w->peers[i];
+            CHECK(far_read(w, p, SIZE_MAX));
+            if (p->facts & WSF_BLOCKED)
+                transport_step(w, p);
+            is_idle = is_idle && p->expected.size == 0 && p->count == 0;
+        }
+    }
+    check_world(w);
+}
+
+static void run_joined(const scale *size)
+{
+    world *w = open_plain_world(size);
+    peer *p = w->peers;
+    letter *a = new_letter(w, 10, NO_KEY), *b = new_letter(w, 200, NO_KEY), *c = new_letter(w, WSF_JOIN_BYTES, NO_KEY);
+    for (uint32_t i = 0; i < 4; i++) {
+        push_to(w, &p[i], i == 3 ? b : a);
+        push_to(w, &p[i], i == 3 ? a : b);
+    }
+    push_to(w, &p[4], a); /* one frame: as it is */
+    push_to(w, &p[5], a);
+    push_to(w, &p[5], c); /* too much to copy */
+    push_to(w, &p[6], b); /* after one that is listed */
+    push_to(w, &p[6], a);
+    uint32_t jobs = plan(w);
+    const wsf_job *job = w->fanout->jobs;
+    CHECK(jobs == 7 && job[0].data == w->fanout->arena && job[1].data == job[0].data && job[2].data == job[0].data);
+    CHECK(job[3].data == job[0].data + job[0].size && job[3].size == job[0].size);
+    CHECK(job[4].data == a->frames[0]->data && job[5].data == NULL && job[6].data == job[3].data + job[3].size);
+    carry_out(w, jobs, INT64_MAX);
+    CHECK(w->totals.writes == 7 && w->totals.blocked == 0 && w->fanout->arena_used == 0);
+    check_world(w);
+    drain(w);
+    close_world(w);
+}
+
+/* More frames than one call may list, and more than a socket takes. */
+static void run_listed(const scale *size)
+{
+    world *w = open_plain_world(size);
+    letter *l = new_letter(w, 58, NO_KEY), *long_one = new_letter(w, 290, NO_KEY);
+    push_many(w, &w->peers[0], l, 256);
+    push_many(w, &w->peers[1], l, 273);
+    push_many(w, &w->peers[2], l, 274); /* more than WSF_JOIN_BYTES */
+    push_many(w, &w->peers[3], l, 700);
+    push_many(w, &w->peers[4], l, 1024);
+    push_many(w, &w->peers[5], long_one, MOST_ITEMS - 1);
+    push_many(w, &w->peers[6], long_one, MOST_ITEMS - 1);
+    uint32_t jobs = plan(w);
+    CHECK(jobs == 7);
+    for (uint32_t i = 0; i < jobs; i++)
+        CHECK((w->fanout->jobs[i].data == NULL) == (i >= 2));
+    carry_out(w, jobs, INT64_MAX);
+    CHECK(w->totals.writes == 7 && w->peers[3].count == 0 && w->peers[4].count == 0);
+    CHECK(w->totals.blocked != 0);
+    check_world(w);
+    drain(w);
+    close_world(w);
+}
+
+/* The arena is full before all have had a place in it. */
+static void run_full_arena(const scale *size)
+{
+    world *w = open_plain_world(size);
+    letter *letters[LETTERS / 2];
+    uint32_t joined = 0, jobs;
+    for (size_t i = 0; i < LENGTH(letters); i++)
+        letters[i] = new_letter(w, 8000, NO_KEY);
+    for (uint32_t i = 0; i < size->peers; i++) {
+        push_to(w, &w->peers[i], letters[i % LENGTH(letters)]);
+        push_to(w, &w->peers[i], letters[(i + 1 + i / LENGTH(letters)) % LENGTH(letters)]);
+    }
+    jobs = plan(w);
+    for (uint32_t i = 0; i < jobs; i++)
+        joined += w->fanout->jobs[i].data != NULL;
+    CHECK(joined == 65); /* of the 1 MiB */
+    carry_out(w, jobs, INT64_MAX);
+    check_world(w);
+    drain(w);
+    close_world(w);
+}
+
+/* Links step out of the line and in again until it is all gaps, and others come and go. */
+static void run_gaps(const scale *size)
+{
+    world *w = open_plain_world(size);
+    letter *l = new_letter(w, 5, NO_KEY);
+    for (uint32_t i = 0; i < 2000; i++) {
+        peer *p = &w->peers[below(&w->random, size->peers)];
+        if (p->link == NULL) {
+            admit(w, p);
+        } else if (one_in(&w->random, 8)) {
+            forget(w, p);
+        } else {
+            push_to(w, p, l);
+            wsf_link_set(w->fanout, p->link, WSF_FRAGMENT);
+            must_set(w, p, WSF_FRAGMENT);
+            wsf_link_clear(w->fanout, p->link, WSF_FRAGMENT);
+            must_clear(w, p, WSF_FRAGMENT);
+        }
+        if (one_in(&w->random, 300))
+            flush(w, 0);
+        check_world(w);
+    }
+    close_world(w);
+}
+
+static void test_jobs(uint64_t seed)
+{
+    static const scale few = {.peers = 7}, more = {.peers = 80}, crowd = {.peers = 33};
+    current_seed = seed;
+    make_keys();
+    run_joined(&few);
+    run_listed(&few);
+    run_full_arena(&more);
+    run_gaps(&few);
+    run_gaps(&crowd);
+    free_keys();
+    check_nothing_lives();
+}
+
+/* ---- random programs, run ----------------------------------------------------------------------------------------- */
+
 static void run_world(uint64_t seed, const scale *size)
 {
     current_seed = seed;
     make_keys();
     world *w = open_world(seed, size);
     for (uint32_t i = 0; i < size->peers; i++)
-        if (size->peers > 20 || one_in(&w->random, 2))
+        if (size->helpers != 0 || one_in(&w->random, 3))
             admit(w, &w->peers[i]);
     for (current_step = 0; current_step < size->steps; current_step++) {
         some_operation(w);
@@ -1464,9 +1639,9 @@ static void run_world(uint64_t seed, const scale *size)
 
 static void test_random(uint64_t seed)
 {
-    static const scale few = {.peers = 14, .steps = 1500, .is_small = true};
+    static const scale few = {.peers = 14, .steps = 1500, .is_small = true}, more = {.peers = 70, .steps = 800, .is_small = true};
     for (uint64_t i = 0; i < 2 * WSF_POLICIES; i++)
-        run_world(seed * 2 * WSF_POLICIES + i, &few);
+        run_world(seed * 2 * WSF_POLICIES + i, i < WSF_POLICIES ? &few : &more);
 }
 
 static void test_crowd(uint64_t seed)
@@ -1481,6 +1656,146 @@ static void test_crowd(uint64_t seed)
         run_world(seed * WSF_POLICIES + i, one_in(&(chance){seed + i}, 3) ? &fast : &many);
 }
 
+/* ---- pool --------------------------------------------------------------------------------------------------------- */
+
+enum { MOST_PIECES = 512 };
+
+/* A piece of work. It lies on the stack of a round, and is overwritten after it: whoever comes late would be seen. */
+typedef struct {
+    int64_t entered, inside, taken;
+    uint32_t pieces, delay, done[MOST_PIECES];
+    pthread_t caller;
+    bool forks;
+    pid_t child;
+    wsf_pool *pool;
+    uint64_t magic;
+} job_of_pool;
+
+#define MAGIC UINT64_C(0x4F6E652062792031)
+
+static uint32_t spin(uint32_t times)
+{
+    volatile uint32_t sum = 0;
+    for (uint32_t i = 0; i < times; i++)
+        sum = sum + i;
+    return sum;
+}
+
+static bool blocks_all_signals(void)
+{
+    sigset_t mask;
+    pthread_sigmask(SIG_SETMASK, NULL, &mask);
+    return sigismember(&mask, SIGTERM) && sigismember(&mask, SIGPIPE) && sigismember(&mask, SIGALRM);
+}
+
+/* What a forked child may do: work alone, and free the pool. */
+static _Noreturn void be_child(wsf_pool *pool);
+
+static void work_off(void *argument)
+{
+    job_of_pool *job = argument;
+    SHIM_REQUIRE(job->magic == MAGIC);
+    SHIM_REQUIRE(pthread_equal(job->caller, pthread_self()) || blocks_all_signals());
+    (void)WSF_ADD64(&job->entered, 1);
+    (void)WSF_ADD64(&job->inside, 1);
+    if (job->forks && pthread_equal(job->caller, pthread_self())) {
+        job->child = fork();
+        if (job->child == 0)
+            be_child(job->pool);
+    }
+    for (int64_t piece; (piece = WSF_ADD64(&job->taken, 1) - 1) < job->pieces;) {
+        (void)spin(job->delay);
+        job->done[piece]++; /* not atomic: each is one thread's, and the caller's after the round */
+    }
+    (void)WSF_ADD64(&job->inside, -1);
+}
+
+static void run_round(chance *random, wsf_pool *pool, bool forks)
+{
+    job_of_pool job;
+    memset(&job, 0, sizeof job);
+    job.magic = MAGIC;
+    job.caller = pthread_self();
+    job.pool = pool;
+    job.forks = forks;
+    /* Often less than it takes to wake up. */
+    job.pieces = one_in(random, 2) ? below(random, 4) : below(random, MOST_PIECES);
+    job.delay = one_in(random, 2) ? 0 : below(random, 300);
+    wsf_pool_run(pool, work_off, &job);
+    SHIM_REQUIRE(job.inside == 0 && job.entered >= 1 && job.entered <= 1 + (int64_t)wsf_pool_helpers(pool));
+    SHIM_REQUIRE(job.taken == job.entered + (int64_t)job.pieces);
+    for (uint32_t i = 0; i < MOST_PIECES; i++)
+        SHIM_REQUIRE(job.done[i] == (i < job.pieces));
+    if (forks) {
+        int status;
+        SHIM_REQUIRE(job.child > 0 && waitpid(job.child, &status, 0) == job.child && status == 0);
+    }
+    memset(&job, 0xAA, sizeof job);
+}
+
+static _Noreturn void be_child(wsf_pool *pool)
+{
+    chance random = {7};
+    SHIM_REQUIRE(wsf_pool_helpers(pool) == 0);
+    for (int round = 0; round < 3; round++)
+        run_round(&random, pool, false);
+    wsf_pool_free(pool);
+    wsf_pool *own = wsf_pool_new(0);
+    run_round(&random, own, false);
+    wsf_pool_free(own);
+    _exit(0);
+}
+
+static void test_pool(uint64_t seed)
+{
+    chance random = {seed};
+    current_seed = seed;
+    sigset_t before, after;
+    pthread_sigmask(SIG_SETMASK, NULL, &before);
+    inject_fault(1, false);
+    CHECK(wsf_pool_new(3) == NULL);
+    (void)end_faults();
+    for (unsigned helpers = 0; helpers <= WSF_MAX_HELPERS + 2; helpers++) {
+        wsf_pool *pool = wsf_pool_new(helpers);
+        CHECK(wsf_pool_helpers(pool) == (helpers < WSF_MAX_HELPERS ? helpers : WSF_MAX_HELPERS));
+        for (uint32_t round = 0; round < 200; round++)
+            run_round(&random, pool, false);
+        wsf_pool_free(pool); /* some may not have seen the last round yet */
+        wsf_pool_free(wsf_pool_new(helpers));
+        for (uint32_t round = 0; round < 5; round++) {
+            pool = wsf_pool_new(helpers);
+            run_round(&random, pool, false);
+            wsf_pool_free(pool);
+        }
+    }
+    pthread_sigmask(SIG_SETMASK, NULL, &after);
+    for (int number = 1; number < 32; number++)
+        CHECK(sigismember(&before, number) == sigismember(&after, number));
+    check_nothing_lives();
+}
+
+/* fork() between rounds and in the middle of one; nothing of the child is the parent's. */
+static void test_fork(uint64_t seed)
+{
+    chance random = {seed};
+    current_seed = seed;
+    for (unsigned helpers = 0; helpers <= 6; helpers += 2) {
+        wsf_pool *pool = wsf_pool_new(helpers);
+        for (uint32_t round = 0; round < 12; round++) {
+            run_round(&random, pool, round % 2 == 0);
+            pid_t child = fork();
+            int status;
+            CHECK(child >= 0);
+            if (child == 0)
+                be_child(pool);
+            run_round(&random, pool, false);
+            CHECK(waitpid(child, &status, 0) == child && status == 0);
+        }
+        wsf_pool_free(pool);
+    }
+    check_nothing_lives();
+}
+
 /* ---- main ------------------------------------------------------------------------------------------------------------------------ */
 
 int main(int argc, char **argv)
@@ -1488,8 +1803,11 @@ int main(int argc, char **argv)
     static const test_part parts[] = {
         {"frames", test_frames, 1},
         {"outbox", test_outbox, 2},
+        {"jobs", test_jobs, 1},
         {"random", test_random, 2},
-        {"crowd", test_crowd, 1},
+        {"crowd", test_crowd, 2},
+        {"pool", test_pool, 1},
+        {"fork", test_fork, 2},
     };
     return run_parts(parts, LENGTH(parts), argc, argv);
 }
