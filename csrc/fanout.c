@@ -182,6 +182,16 @@ static void report(wsf_fanout *fanout, wsf_report entry)
     fanout->reports[fanout->report_count++] = entry;
 }
 
+/* Nobody can be told about a link that is gone. */
+static void withdraw_reports(wsf_fanout *fanout, const wsf_link *link)
+{
+    uint32_t kept = 0;
+    for (uint32_t i = 0; i < fanout->report_count; i++)
+        if (fanout->reports[i].link != link)
+            fanout->reports[kept++] = fanout->reports[i];
+    fanout->report_count = kept;
+}
+
 /* ---- what becomes of an entry -------------------------------------------------------------------------------------------- */
 
 static void resolve(wsf_entry entry, uint32_t *outcome)
@@ -296,8 +306,7 @@ void wsf_fanout_forget(wsf_fanout *fanout, wsf_link *link)
     wsf_link_clear(fanout, link, WSF_WAITS);
     line_leave(fanout, &fanout->line, link, WSF_IN_LINE);
     line_leave(fanout, &fanout->later, link, WSF_LATER);
-    for (uint32_t i = 0; i < fanout->report_count; i++)
-        WSF_ASSERT(fanout->reports[i].link != link);
+    withdraw_reports(fanout, link);
     wsf_link *last = fanout->all[fanout->links.used - 1];
     fanout->all[link->all_at] = last;
     last->all_at = link->all_at;

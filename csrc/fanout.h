@@ -154,7 +154,7 @@ void wsf_fanout_free(wsf_fanout *fanout);             /* it has forgotten all it
 int wsf_fanout_admit(wsf_fanout *fanout, wsf_link *link);
 /* The link of a record, or NULL. */
 wsf_link *wsf_fanout_find(const wsf_fanout *fanout, const PyObject *record);
-/* Forget a link. Close it before. */
+/* Forget a link, and what is reported about it. Close it before. */
 void wsf_fanout_forget(wsf_fanout *fanout, wsf_link *link);
 
 /* Facts. What they say about `line` is kept in step. */

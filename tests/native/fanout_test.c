@@ -965,7 +965,11 @@ static void forget(world *w, peer *p)
     if (p->transport.size != 0 && p->far_fd >= 0)
         CHECK((p->facts & (WSF_UNSURE | WSF_BLOCKED)) != 0);
     check_reports(w);
-    take_reports(w);
+    uint32_t kept = 0;
+    for (uint32_t i = 0; i < w->report_count; i++)
+        if (w->reports[i].link != p->link)
+            w->reports[kept++] = w->reports[i];
+    w->report_count = kept;
     wsf_fanout_forget(w->fanout, p->link);
     must_clear(w, p, WSF_WAITS);
     leave_line(w, p);
