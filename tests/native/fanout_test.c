@@ -420,6 +420,7 @@ typedef struct {
     uint32_t report_count;
     int64_t now_ns;
     bool lacks_memory; /* all allocations fail */
+    bool is_round;     /* sizes, limits and times are mostly multiples of 100, so that limits are met exactly */
     uint8_t payload[1 << 17];
 } world;
 
@@ -910,7 +911,7 @@ static void admit(world *w, peer *p)
     SHIM_REQUIRE(link != NULL);
     memset(link, 0, sizeof *link);
     p->facts = 0;
-    p->variant = below(random, VARIANTS);
+    p->variant = w->is_round ? 0 : below(random, VARIANTS);
     p->is_direct = !one_in(random, 5);
     p->fd = link->fd = ends[0];
     p->far_fd = ends[1];
@@ -1061,7 +1062,8 @@ static void push(world *w, letter *l, uint32_t targets, bool is_late)
 static void some_push(world *w)
 {
     chance *random = &w->random;
-    letter *l = new_letter(w, some_size(random), one_in(random, 2) ? NO_KEY : (int)below(random, 12));
+    const uint64_t size = w->is_round && !one_in(random, 4) ? one_in(random, 3) ? 296 : 98 : some_size(random);
+    letter *l = new_letter(w, size, one_in(random, 2) ? NO_KEY : (int)below(random, 12));
     if (l == NULL)
         return;
     push(w, l, one_in(random, 3) ? 1 : 1 + below(random, w->size->peers), one_in(random, 4));
@@ -1374,7 +1376,7 @@ static void some_operation(world *w)
 {
     chance *random = &w->random;
     peer *p = &w->peers[below(random, w->size->peers)];
-    w->now_ns += below(random, 100);
+    w->now_ns += w->is_round ? 100 * below(random, 2) : below(random, 100);
     w->fanout->now_ns = w->now_ns;
     switch (below(random, 16)) {
     case 0:
@@ -1432,6 +1434,12 @@ static world *open_world(uint64_t seed, const scale *size)
     w->limits.low_bytes = w->limits.max_bytes * below(random, 5) / 4;
     w->limits.max_age_ns = 1 + below(random, 5000);
     w->limits.max_total_bytes = one_in(random, 3) ? 1 + below(random, 300000) : 1 << 24;
+    w->is_round = one_in(random, 3);
+    if (w->is_round) {
+        w->limits.max_bytes = 100 * (1 + below(random, 30));
+        w->limits.low_bytes = 100 * below(random, 1 + (uint32_t)w->limits.max_bytes / 100);
+        w->limits.max_age_ns = 100 * (1 + below(random, 20));
+    }
     w->fanout = wsf_fanout_new(&w->limits);
     SHIM_REQUIRE(w->fanout != NULL);
     w->fanout->now_ns = w->now_ns;
@@ -1565,6 +1573,55 @@ static void run_listed(const scale *size)
     close_world(w);
 }
 
+typedef struct {
+    int fd;
+    uint32_t ends; /* atomic */
+    bytes got;
+} reader;
+
+static void *read_along(void *argument)
+{
+    reader *r = argument;
+    for (;;) {
+        uint8_t buffer[3000];
+        bool ends = WSF_LOAD32(&r->ends);
+        ssize_t result = recv(r->fd, buffer, sizeof buffer, 0);
+        if (result > 0)
+            bytes_add(&r->got, buffer, (size_t)result);
+        else if (ends)
+            return NULL;
+    }
+}
+
+/* The peer reads while the kernel is given one list after the other, so there is room again after one that was cut. */
+static void run_listed_while_read(const scale *size)
+{
+    world *w = open_plain_world(size);
+    letter *letters[LETTERS / 2];
+    peer *p = w->peers;
+    reader r = {.fd = p->far_fd};
+    pthread_t thread;
+    for (size_t i = 0; i < LENGTH(letters); i++)
+        letters[i] = new_letter(w, 180 + i, NO_KEY);
+    SHIM_REQUIRE(pthread_create(&thread, NULL, read_along, &r) == 0);
+    for (uint32_t round = 0; round < 8; round++) {
+        for (uint32_t i = 0; i < MOST_ITEMS - 1; i++)
+            push_to(w, p, letters[below(&w->random, LENGTH(letters))]);
+        while (p->count != 0 || p->transport.size != 0) {
+            flush(w, INT64_MAX);
+            if (p->facts & WSF_BLOCKED)
+                transport_step(w, p);
+        }
+    }
+    WSF_STORE32(&r.ends, 1);
+    pthread_join(thread, NULL);
+    CHECK(r.got.size <= p->expected.size && memcmp(r.got.data, p->expected.data, r.got.size) == 0);
+    bytes_skip(&p->expected, r.got.size);
+    free(r.got.data);
+    drain(w);
+    close_world(w);
+}
+
 /* The arena is full before all have had a place in it. */
 static void run_full_arena(const scale *size)
 {
@@ -1614,11 +1671,14 @@ static void run_gaps(const scale *size)
 
 static void test_jobs(uint64_t seed)
 {
-    static const scale few = {.peers = 7}, more = {.peers = 80}, crowd = {.peers = 33};
+    static const scale few = {.peers = 7}, more = {.peers = 80}, crowd = {.peers = 33}, one = {.peers = 1},
+                       small_one = {.peers = 1, .is_small = true};
     current_seed = seed;
     make_keys();
     run_joined(&few);
     run_listed(&few);
+    run_listed_while_read(&one);
+    run_listed_while_read(&small_one);
     run_full_arena(&more);
     run_gaps(&few);
     run_gaps(&crowd);
