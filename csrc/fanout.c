@@ -316,14 +316,22 @@ void wsf_fanout_forget(wsf_fanout *fanout, wsf_link *link)
 
 /* ---- limits ------------------------------------------------------------------------------------------------------------- */
 
+/* Since when something waits for a link that waits. A peer that takes a little now and then is blocked anew each time. */
+static int64_t waits_since_ns(wsf_link *link)
+{
+    int64_t since_ns = (link->facts & WSF_BLOCKED) ? link->blocked_ns : INT64_MAX;
+    if (link->outbox.count != 0) {
+        int64_t created_ns = wsf_entry_frame(*wsf_outbox_at(&link->outbox, 0))->message->created_ns;
+        since_ns = created_ns < since_ns ? created_ns : since_ns;
+    }
+    return since_ns;
+}
+
 /* The transport of a link that is given up still holds what it holds, but not for long: it is not charged any more. */
 static void give_up(wsf_fanout *fanout, wsf_link *link, int cause)
 {
-    int64_t since_ns = link->blocked_ns;
-    if (link->in_transport == 0 && link->outbox.count != 0)
-        since_ns = wsf_entry_frame(*wsf_outbox_at(&link->outbox, 0))->message->created_ns;
     report(fanout, (wsf_report){link, WSF_TOO_SLOW, (uint8_t)cause, link->outbox.count, wsf_link_bytes(link),
-                                age_s(fanout, since_ns)});
+                                age_s(fanout, waits_since_ns(link))});
     fanout->totals.too_slow[cause]++;
     wsf_link_close(fanout, link, cause);
     set_in_transport(fanout, link, 0);
@@ -371,7 +379,7 @@ void wsf_fanout_expire(wsf_fanout *fanout)
             continue;
         if (fanout->limits.policy != WSF_DISCONNECT)
             (void)drop_front(fanout, link, UINT64_MAX, before_ns, WSF_BY_AGE);
-        else if ((link->facts & WSF_BLOCKED) && link->blocked_ns < before_ns)
+        else if ((link->facts & WSF_BLOCKED) && waits_since_ns(link) < before_ns)
             give_up(fanout, link, WSF_BY_AGE);
     }
 }

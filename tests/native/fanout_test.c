@@ -601,11 +601,16 @@ static void must_close(world *w, peer *p, int cause)
     (void)must_drop(w, p, 0, INT64_MAX, cause, NULL);
 }
 
+/* Since when something waits for a peer that waits. */
+static int64_t since_ns(const peer *p)
+{
+    int64_t blocked_ns = (p->facts & WSF_BLOCKED) ? p->blocked_ns : INT64_MAX;
+    return p->count != 0 && p->items[0].of->created_ns < blocked_ns ? p->items[0].of->created_ns : blocked_ns;
+}
+
 static void must_give_up(world *w, peer *p, int cause)
 {
-    bool by_age_of_first = p->in_transport == 0 && p->count != 0;
-    must_report(w, p, WSF_TOO_SLOW, cause, p->count, peer_bytes(p),
-                by_age_of_first ? p->items[0].of->created_ns : p->blocked_ns);
+    must_report(w, p, WSF_TOO_SLOW, cause, p->count, peer_bytes(p), since_ns(p));
     w->totals.too_slow[cause]++;
     must_close(w, p, cause);
     p->in_transport = 0;
@@ -1287,7 +1292,7 @@ static void expire(world *w)
             continue;
         if (w->limits.policy != WSF_DISCONNECT)
             (void)must_drop(w, p, UINT64_MAX, before_ns, WSF_BY_AGE, NULL);
-        else if ((p->facts & WSF_BLOCKED) && p->blocked_ns < before_ns)
+        else if ((p->facts & WSF_BLOCKED) && since_ns(p) < before_ns)
             must_give_up(w, p, WSF_BY_AGE);
     }
     wsf_fanout_expire(w->fanout);
