@@ -212,6 +212,7 @@ cdef class Link:
     def block(self, in_transport):
         cdef wsf_fanout *fanout = self.of()
         if fanout != NULL:
+            (<Fanout>self.fanout).look_at_clock()
             wsf_link_block(fanout, self.link, <uint64_t>in_transport)
 
     def writable(self):
@@ -228,6 +229,7 @@ cdef class Link:
     def close(self):
         cdef wsf_fanout *fanout = self.of()
         if fanout != NULL:
+            (<Fanout>self.fanout).look_at_clock()
             wsf_link_close(fanout, self.link, WSF_BY_END)
 
     # ---- the way through the adapter
@@ -307,11 +309,14 @@ cdef class Fanout:
     cdef bint is_sending
     cdef object wake_up  # called when a link that waited can be flushed
     cdef object hand_over  # called when all that a link has must go to its transport
+    cdef object clock  # None: the system's
     cdef list encoders  # of the variants from 1
     cdef wsf_link **targets
     cdef size_t target_capacity
 
-    def __cinit__(self, wake_up, hand_over, *, policy, max_bytes, low_bytes, max_age_ns, max_total_bytes, helpers=0):
+    def __cinit__(
+        self, wake_up, hand_over, *, policy, max_bytes, low_bytes, max_age_ns, max_total_bytes, helpers=0, clock=None
+    ):
         cdef wsf_limits limits
         memset(&limits, 0, sizeof(limits))
         limits.policy = <uint32_t>_whole(policy, "policy", 0)
@@ -324,6 +329,7 @@ cdef class Fanout:
         self.wanted_helpers = <unsigned>min(_whole(helpers, "helpers", 0), <uint64_t>WSF_MAX_HELPERS)
         self.wake_up = wake_up
         self.hand_over = hand_over
+        self.clock = clock
         self.encoders = []
         self.fanout = wsf_fanout_new(&limits)
         if self.fanout == NULL:
@@ -343,6 +349,11 @@ cdef class Fanout:
     def __del__(self):
         for link in self.links():
             self.forget(link)
+
+    cdef int look_at_clock(self) except -1:
+        """Between the calls that are told the time, things happen too."""
+        self.fanout.now_ns = wsf_monotonic_ns() if self.clock is None else self.clock()
+        return 0
 
     cdef int wake(self, Link link) except -1:
         self.wake_up(link)

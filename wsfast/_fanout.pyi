@@ -4,7 +4,8 @@ It is what ``wsfast.delivery`` stands on, and adapters tell a :class:`Link` what
 Applications use neither. How it works is in csrc/fanout.h.
 
 Numbers of bytes are of whole frames, but for counters of what was sent, which are of payloads. Times are nanoseconds of
-``time.monotonic_ns``, and are passed in; only ``flush`` reads that clock itself, to know when its slice ends.
+``time.monotonic_ns``, and are passed in; what adapters tell has happened when they tell it. ``flush`` reads that clock
+itself, to know when its slice ends.
 
 Threads: the event loop's only. While ``flush`` has given up the GIL, a change from another thread is ``WrongThread``.
 """
@@ -126,6 +127,7 @@ class Fanout:
         max_age_ns: how long it may wait.
         max_total_bytes: of everything that is kept.
         helpers: threads that help to send; they start with the first flush of 64 connections or more.
+        clock: for what adapters tell; None for the system's.
     """
 
     def __new__(
@@ -139,6 +141,8 @@ class Fanout:
         max_age_ns: int,
         max_total_bytes: int,
         helpers: int = 0,
+        helpers: int = 0,
+        clock: Callable[[], int] | None = None,
     ) -> Self: ...
     def __len__(self) -> int: ...
     def add_variant(self, encode: Callable[[bytes, bool], bytes]) -> int:

@@ -232,6 +232,7 @@ class Delivery:
             low_bytes=self._low_bytes,
             max_age_ns=int(backpressure.max_age_s * 1e9),
             max_total_bytes=backpressure.max_total_bytes,
+            clock=_now_ns,
         )
         self.threads = threads
         # How many connections the manager has added to the registry and removed from it, after those before its time.
@@ -646,8 +647,10 @@ class Delivery:
     def _publish(self) -> None:
         """Tell what the core has dropped, and disconnect whom it has given up."""
         events = self._events
-        for link, what, cause, messages, nbytes, age_s in self._fanout.take_reports():
-            record = link.record
+        # Subscribers may end connections, and those that are given up at once have no link after that.
+        reports = [(link.record, *report) for link, *report in self._fanout.take_reports()]
+        given_up = []
+        for record, what, cause, messages, nbytes, age_s in reports:
             if what == _CONFLATED:
                 events.publish(MessageConflated(record, nbytes, age_s))
             elif what == _DROPPED:
@@ -656,7 +659,9 @@ class Delivery:
                 logger.info("%r is too slow: %d bytes waited for %.1f s", record.client_id, nbytes, age_s)
                 if events.wants(ConnectionTooSlow):
                     events.publish(ConnectionTooSlow(record, _CAUSES[cause], messages, nbytes, age_s))
-                self._give_up(record, _CAUSES[cause] == "budget")
+                given_up.append((record, _CAUSES[cause] == "budget"))
+        for record, at_once in given_up:
+            self._give_up(record, at_once)
 
     async def _wait_for_room(self, link: Link, most: int) -> None:
         """Wait until no more than *most* bytes wait for a connection, or it is closed."""
@@ -729,6 +734,10 @@ class Delivery:
             task.cancel()
         self._tell_flushed()
         self._fanout.close()
+
+
+def _now_ns() -> int:
+    return monotonic_ns()
 
 
 def _result(encoded: Encoded, started: float) -> BroadcastResult:

@@ -548,8 +548,8 @@ class ConnectionManager:
             return
         record.status = ConnectionStatus.CLOSING
         if at_once:
+            attachment.end(self._too_slow)  # after the next line, the library would not say why
             attachment.adapter.abort(attachment.ws)
-            attachment.end(self._too_slow)
         else:
             self._say_farewell(attachment, self._too_slow)
 
