@@ -110,18 +110,31 @@ class RawPeer:
         self.sock = sock
 
     @classmethod
-    async def connect(cls, url: str, path: str = "/") -> RawPeer:
+    async def connect(
+        cls, url: str, path: str = "/", *, extensions: str | None = None, receive_buffer: int | None = None
+    ) -> RawPeer:
+        """Connect, and do the opening handshake.
+
+        Args:
+            url: of the server.
+            path: to ask for.
+            extensions: to offer.
+            receive_buffer: bytes that the kernel keeps for this peer; the kernel's choice by default.
+        """
         host, port = url.removeprefix("ws://").rsplit(":", 1)
         loop = asyncio.get_running_loop()
         sock = socket.socket()
         cls.sockets.append(sock)
         sock.setblocking(False)
+        if receive_buffer is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         await loop.sock_connect(sock, (host, int(port)))
         key = base64.b64encode(os.urandom(16)).decode()
         request = (
             f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n"
+            f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n"
         )
+        request += "\r\n" if extensions is None else f"Sec-WebSocket-Extensions: {extensions}\r\n\r\n"
         await loop.sock_sendall(sock, request.encode())
         answer = b""
         while b"\r\n\r\n" not in answer:
@@ -142,6 +155,17 @@ class RawPeer:
                 data += more
         return data
 
+    async def messages(self, until: Callable[[list[tuple[int, bytes]]], object]) -> list[tuple[int, bytes]]:
+        """Opcode and payload of everything that comes, until that is enough or the server ends the connection."""
+        parser, come = StrictParser(), []
+        async with asyncio.timeout(DEADLINE_S):
+            while not until(come):
+                data = await asyncio.get_running_loop().sock_recv(self.sock, 2**18)
+                if not data:
+                    break
+                come += parser.feed(data)
+        return come
+
     def reset(self) -> None:
         """Close with a TCP reset."""
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -156,6 +180,68 @@ def _close_raw_peers() -> Iterator[None]:
     yield
     while RawPeer.sockets:
         RawPeer.sockets.pop().close()
+
+
+class StrictParser:
+    """The receiving half of a client without extensions that forgives nothing (RFC 6455, 5.2 to 5.5)."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self.fragments: list[bytes] = []
+        self.opcode = 0
+        self.closed = False
+
+    def feed(self, data: bytes) -> list[tuple[int, bytes]]:
+        """Opcode and payload of the messages and control frames that are complete now."""
+        self.data += data
+        messages, at = [], 0
+        while (frame := self._frame(at)) is not None:
+            fin, opcode, payload, at = frame
+            message = self._take(fin, opcode, payload)
+            if message is not None:
+                messages.append(message)
+        del self.data[:at]
+        return messages
+
+    def _frame(self, at: int) -> tuple[bool, int, bytes, int] | None:
+        data = self.data
+        if len(data) < at + 2:
+            return None
+        first, size, head = data[at], data[at + 1], 2
+        assert first & 0x70 == 0, f"reserved bits in {first:#x}"
+        assert size < 128, "a server's frame is masked"
+        if size >= 126:
+            extended = 2 if size == 126 else 8
+            head += extended
+            if len(data) < at + head:
+                return None
+            size = int.from_bytes(data[at + 2 : at + head], "big")
+            assert size > (125 if extended == 2 else 65535), f"{size} is encoded in {extended} bytes"
+        if len(data) < at + head + size:
+            return None
+        end = at + head + size
+        return bool(first & 0x80), first & 15, bytes(data[at + head : end]), end
+
+    def _take(self, fin: bool, opcode: int, payload: bytes) -> tuple[int, bytes] | None:
+        assert not self.closed, "a frame after the close frame"
+        if opcode >= 8:
+            assert fin and len(payload) < 126 and opcode in (8, 9, 10), f"no control frame: {opcode}"
+            self.closed = opcode == 8
+            return opcode, payload
+        if opcode:
+            assert opcode < 3, f"unknown opcode {opcode}"
+            assert not self.opcode, "a message within a fragmented one"
+            self.opcode = opcode
+        else:
+            assert self.opcode, "a continuation of nothing"
+        self.fragments.append(payload)
+        if not fin:
+            return None
+        message = self.opcode, b"".join(self.fragments)
+        self.fragments, self.opcode = [], 0
+        if message[0] == 1:
+            message[1].decode()
+        return message
 
 
 def masked(opcode: int, payload: bytes, fin: bool = True) -> bytes:
