@@ -706,8 +706,15 @@ class Delivery:
                         self._fanout.end_window()
                         await self._next_flush()
         except TimeoutError:
-            return Undelivered(record.client_id, *self.waits_for(record))
+            return self.undelivered(record)
         return None
+
+    def undelivered(self, record: ConnectionMeta) -> Undelivered | None:
+        """What waits for a connection that is open, if anything does."""
+        link = self._fanout.get(record)
+        if link is None or not link.is_open or not link.bytes:
+            return None
+        return Undelivered(record.client_id, *self.waits_for(record))
 
     def stats(self) -> dict[str, int]:
         """Totals, see ``ConnectionManager.stats``."""

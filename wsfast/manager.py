@@ -562,7 +562,7 @@ class ConnectionManager:
         except TimeoutError:
             logger.warning("cutting off %d connections that did not close in time", len(self._attachments))
         finally:
-            cut_off = self._cut_off()
+            cut_off = self._cut_off(undelivered)
         if self._farewells:
             await asyncio.wait(self._farewells)
         await self._events.close(_EVENTS_GRACE_S)
@@ -599,10 +599,14 @@ class ConnectionManager:
         if not attachment.ended:
             await _close_quietly(attachment, Closed(self._drain.code, self._drain.reason, "us"))
 
-    def _cut_off(self) -> int:
+    def _cut_off(self, undelivered: list[Undelivered]) -> int:
         """End at once what is left, and let go of everything. Returns how many were left."""
         left = list(self._attachments.values())
+        reported = {each.client_id for each in undelivered}
         for attachment in left:
+            waits = self._delivery.undelivered(attachment.record)
+            if waits is not None and waits.client_id not in reported:
+                undelivered.append(waits)
             attachment.adapter.abort(attachment.ws)
             attachment.end(Closed(self._drain.code, self._drain.reason, "us"))
         for task in self._farewells:
