@@ -141,7 +141,6 @@ class Fanout:
         max_age_ns: int,
         max_total_bytes: int,
         helpers: int = 0,
-        helpers: int = 0,
         clock: Callable[[], int] | None = None,
     ) -> Self: ...
     def __len__(self) -> int: ...
