@@ -120,6 +120,16 @@ cdef class Message:
         return 0
 
 
+cdef uint32_t _lacking(Message message, wsf_link **links, uint32_t count) noexcept:
+    """One bit for each variant that a link needs and the message does not have yet."""
+    cdef uint32_t lacking = 0
+    cdef uint32_t i
+    for i in range(count):
+        if message.frames[links[i].variant] == NULL:
+            lacking |= <uint32_t>1 << links[i].variant
+    return lacking
+
+
 # ---- links -------------------------------------------------------------------------------------------------------------
 
 
@@ -451,22 +461,29 @@ cdef class Fanout:
 
     def push(self, Message message not None, list records, left_out=(), is_late=False):
         cdef list strangers = []
-        cdef wsf_link **links = self.fanout.all
-        cdef uint32_t count = self.fanout.links.used
-        cdef uint32_t i
+        cdef list excluded = list(left_out)
+        cdef wsf_link **links
+        cdef uint32_t count, lacking
         self.check()
-        self._leave_out(left_out)
-        if records is not None:
-            count = self._find(records, strangers)
-            links = self.targets
-        if self.encoders:
-            for i in range(count):
-                if message.frames[links[i].variant] == NULL:
-                    self._encode(message, links[i].variant)
+        if message.fanout is not self:
+            raise ValueError("the message is of another fan-out")
+        while True:
+            strangers.clear()
+            count = self.fanout.links.used if records is None else self._find(records, strangers)
+            links = self.fanout.all if records is None else self.targets
+            lacking = _lacking(message, links, count) if self.encoders else 0
+            if lacking == 0:
+                break
+            # This runs Python code: links may come and go meanwhile.
+            for variant in range(1, WSF_MAX_VARIANTS):
+                if lacking >> variant & 1:
+                    self._encode(message, variant)
+        self._leave_out(excluded)
         wsf_fanout_push(self.fanout, links, count, message.frames, is_late)
         return strangers
 
-    cdef int _leave_out(self, records) except -1:
+    cdef int _leave_out(self, list records) except -1:
+        """Marks that hold for the next push, whichever it is: nothing may come in between."""
         cdef wsf_link *link
         for record in records:
             link = wsf_fanout_find(self.fanout, <PyObject *>record)
