@@ -23,6 +23,9 @@ from wsfast.adapters.websockets import serve
 
 DEADLINE_S = 10.0
 
+# Whether the tests that find more the longer they run take their time: minutes instead of seconds.
+SOAK = os.environ.get("WSFAST_SOAK", "0") != "0"
+
 Handler = Callable[[ServerConnection], Awaitable[None]]
 
 
@@ -137,9 +140,12 @@ class RawPeer:
         request += "\r\n" if extensions is None else f"Sec-WebSocket-Extensions: {extensions}\r\n\r\n"
         await loop.sock_sendall(sock, request.encode())
         answer = b""
-        while b"\r\n\r\n" not in answer:
-            # Byte by byte, so that what follows the handshake stays in the socket.
+        while not answer.endswith(b"\r\n\r\n"):
             answer += await loop.sock_recv(sock, 1)
+            with contextlib.suppress(BlockingIOError):
+                # What follows the handshake stays in the socket.
+                come = sock.recv(2**12, socket.MSG_PEEK)
+                answer += sock.recv(max(0, (answer + come).find(b"\r\n\r\n") + 4 - len(answer)))
         assert answer.startswith(b"HTTP/1.1 101 "), answer
         return cls(sock)
 
@@ -169,10 +175,12 @@ class RawPeer:
     def reset(self) -> None:
         """Close with a TCP reset."""
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.sock.close()
+        self.close()
 
     def close(self) -> None:
         self.sock.close()
+        with contextlib.suppress(ValueError):
+            self.sockets.remove(self.sock)
 
 
 @pytest.fixture(autouse=True)
