@@ -241,7 +241,8 @@ class Delivery:
         # Links to which only the library can send.
         self._by_library: set[Link] = set()
         self._flush_handle: asyncio.Handle | None = None
-        self._window: asyncio.TimerHandle | None = None
+        self._window: asyncio.Handle | None = None
+        self._window_until = 0.0
         self._look: asyncio.TimerHandle | None = None
         self._is_flushing = False
         # What was queued after the last flush.
@@ -504,11 +505,12 @@ class Delivery:
     def _open_window(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
-        if self._window is not None and self._window.when() > until:
+        if self._window is not None and self._window_until > until:
             self._window.cancel()
             self._window = None
         if self._window is None:
             self._window = loop.call_at(until, self._end_window)
+            self._window_until = until  # what uvloop gives for a moment that has come does not know when that was
 
     def _end_window(self) -> None:
         self._window = None
