@@ -784,6 +784,17 @@ class TestWindow:
             manager.broadcast_nowait("3", coalesce=60_000)
             await until(lambda: link.got == ["1", "2", "3"])
 
+    @pytest.mark.parametrize("shortest", [0, 0.001])
+    async def test_a_window_of_nothing_is_the_end_of_the_turn(
+        self, manager: ConnectionManager, fake_links: None, shortest: float
+    ) -> None:
+        async with manager.attach(link := FakeLink(), "a"):
+            for coalesce in (60_000, shortest, shortest, 60_000):
+                manager.broadcast_nowait(str(coalesce), coalesce=coalesce)
+            assert link.got == []
+            await until(lambda: len(link.got) == 4)
+            assert link.writes == 1
+
     @pytest.mark.parametrize("call", ["send", "broadcast", "broadcast_nowait"])
     async def test_what_is_sent_meanwhile_takes_it_along(
         self, manager: ConnectionManager, fake_links: None, call: str
