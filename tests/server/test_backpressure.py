@@ -107,8 +107,14 @@ async def stalled(policy: str, **settings: Any) -> AsyncIterator[Stalled]:
         ({"max_age_s": 0}, r"backpressure.max_age_s must be more than 0, and less than 10\*\*9, not 0"),
         ({"max_age_s": 1e9}, "backpressure.max_age_s must be more than 0"),
         ({"max_age_s": float("nan")}, "backpressure.max_age_s must be more than 0"),
-        ({"resume_below": -0.1}, "backpressure.resume_below must be from 0 to 1, not -0.1"),
-        ({"resume_below": 1.1}, "backpressure.resume_below must be from 0 to 1, not 1.1"),
+        (
+            {"resume_below": -0.1},
+            "backpressure.resume_below must be from 0 to max_bytes, or as a float from 0 to 1, not -0.1",
+        ),
+        (
+            {"resume_below": 1.1},
+            "backpressure.resume_below must be from 0 to max_bytes, or as a float from 0 to 1, not 1.1",
+        ),
         ({"max_total_bytes": 0}, "backpressure.max_total_bytes must be 1 or more, not 0"),
         ({"code": 1006}, "code must be 1000 to 1003, 1007 to 1014, or 3000 to 4999, not 1006"),
         ({"reason": "ä" * 62}, "reason must be at most 123 bytes in UTF-8"),
