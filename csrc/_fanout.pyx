@@ -7,6 +7,7 @@ It owns the Python side of references; every algorithm is in C. The contract is 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.memoryview cimport PyMemoryView_FromObject
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc, PyMem_RawRealloc
 from cpython.object cimport PyObject, PyObject_Hash
 from cpython.pycapsule cimport PyCapsule_Import
@@ -17,8 +18,14 @@ from libc.string cimport memcpy, memset
 
 from fanout cimport *
 
+from time import monotonic_ns
+
 from wsfast._core import ConnectionMeta
 from wsfast.errors import InvalidSetting, LimitExceeded, WrongThread
+
+cdef extern from "Python.h":
+    int PyGC_Disable()
+    int PyGC_Enable()
 
 cdef extern from *:
     """
@@ -30,11 +37,25 @@ cdef extern from *:
     """
     int64_t *WSF_LIVE_COUNTERS
 
-__all__ = ["HAS_SOCKETS", "MAX_HELPERS", "MAX_VARIANTS", "Fanout", "Link", "Message"]
+__all__ = ["CAUSES", "HAS_SOCKETS", "MAX_HELPERS", "MAX_VARIANTS", "POLICIES", "Fanout", "Link", "Message"]
 
 HAS_SOCKETS = bool(WSF_HAS_SOCKETS)
 MAX_HELPERS = WSF_MAX_HELPERS
 MAX_VARIANTS = WSF_MAX_VARIANTS
+
+POLICIES = {
+    "keep": WSF_KEEP,
+    "drop_newest": WSF_DROP_NEWEST,
+    "drop_oldest": WSF_DROP_OLDEST,
+    "conflate": WSF_CONFLATE,
+    "disconnect": WSF_DISCONNECT,
+}
+CAUSES = {"bytes": WSF_BY_BYTES, "age": WSF_BY_AGE, "budget": WSF_BY_BUDGET, "closed": WSF_BY_END}
+
+# What is reported.
+DROPPED = WSF_DROPPED
+CONFLATED = WSF_CONFLATED
+TOO_SLOW = WSF_TOO_SLOW
 
 # What is left over of a flush for one link.
 THROUGH = WSF_THROUGH
@@ -46,10 +67,14 @@ cdef _count_native _count_on_record = <_count_native>PyCapsule_Import("wsfast._c
 
 
 cdef void _count(wsf_link *link, uint64_t messages, uint64_t bytes) noexcept:
-    if (<Link>link.handle).is_native:
+    cdef Link handle = <Link>link.handle
+    if handle.is_native:
         _count_on_record(link.record, messages, bytes)
-        return
-    (<object>link.record).sent(bytes, messages)  # of somebody else's registry; what it raises is printed
+    else:  # its record is counted on by Python code, which must not run in the middle of this: see Fanout.tell
+        if handle.sent_messages == 0:
+            (<Fanout>handle.fanout).uncounted.append(handle)
+        handle.sent_messages += messages
+        handle.sent_bytes += bytes
 
 
 cdef void _count_nothing(wsf_link *link, uint64_t messages, uint64_t bytes) noexcept:
@@ -73,6 +98,16 @@ cdef class Message:
                 wsf_frame_release(self.frames[i])
         if self.message != NULL:
             wsf_message_release(self.message)
+
+    def tell(self, future):
+        """Once nothing is pending any more, set the result of *future*; at most one can be told."""
+        if self.message.tally.pending == 0:
+            future.set_result(None)
+            return
+        if self.message.waiter != NULL:
+            raise ValueError("somebody waits for this message already")
+        Py_INCREF(future)
+        self.message.waiter = <PyObject *>future
 
     @property
     def targets(self):
@@ -142,6 +177,7 @@ cdef class Link:
     cdef PyObject *held_record  # owned until it is forgotten
     cdef PyObject *held_ws
     cdef readonly bint is_native
+    cdef uint64_t sent_messages, sent_bytes  # not counted on the record yet
 
     def __init__(self, *args, **kwargs):
         raise TypeError("links are made by Fanout.admit")
@@ -152,13 +188,13 @@ cdef class Link:
     def __repr__(self):
         return f"<Link of {self.record!r}, {self.messages} messages wait>"
 
-    cdef wsf_fanout *of(self) except? NULL:
-        """The fan-out, or NULL once it has forgotten this link."""
+    cdef Fanout of(self):
+        """The fan-out, or None once it has forgotten this link."""
         if self.fanout == NULL:
-            return NULL
+            return None
         if (<Fanout>self.fanout).is_sending:
             raise WrongThread("a change of a link")
-        return (<Fanout>self.fanout).fanout
+        return <Fanout>self.fanout
 
     @property
     def record(self):
@@ -192,55 +228,71 @@ cdef class Link:
     def bytes(self):
         return wsf_link_bytes(self.link)
 
+    def sizes(self):
+        return [wsf_entry_frame(wsf_outbox_at(&self.link.outbox, i)[0]).size for i in range(self.link.outbox.count)]
+
+    @property
+    def in_transport(self):
+        return self.link.in_transport
+
     def direct(self, fd):
         cdef int number = fd
-        cdef wsf_fanout *fanout = self.of()
+        cdef Fanout owner = self.of()
         if number < 0:
             raise InvalidSetting("fd", fd, "an open file descriptor")
-        if fanout != NULL and WSF_HAS_SOCKETS:
+        if owner is not None and WSF_HAS_SOCKETS:
             self.link.fd = number
-            wsf_link_set(fanout, self.link, WSF_DIRECT)
+            wsf_link_set(owner.fanout, self.link, WSF_DIRECT)
 
     def wrote(self):
-        if self.of() != NULL:
+        if self.of() is not None:
             self.link.facts |= WSF_UNSURE
 
     def is_sure(self):
-        if self.of() != NULL:
+        if self.of() is not None:
             self.link.facts &= ~<uint32_t>WSF_UNSURE
 
     def fragment(self, under_way):
-        cdef wsf_fanout *fanout = self.of()
-        if fanout == NULL:
+        cdef Fanout owner = self.of()
+        if owner is None:
             return
         if under_way:
-            wsf_link_set(fanout, self.link, WSF_FRAGMENT)
+            wsf_link_set(owner.fanout, self.link, WSF_FRAGMENT)
         else:
-            wsf_link_clear(fanout, self.link, WSF_FRAGMENT)
-            (<Fanout>self.fanout).wake(self)
+            wsf_link_clear(owner.fanout, self.link, WSF_FRAGMENT)
+            owner.wake_up(self)
 
     def block(self, in_transport):
-        cdef wsf_fanout *fanout = self.of()
-        if fanout != NULL:
-            (<Fanout>self.fanout).look_at_clock()
-            wsf_link_block(fanout, self.link, <uint64_t>in_transport)
+        cdef Fanout owner = self.of()
+        if owner is not None:
+            owner.look_at_clock()
+            wsf_link_block(owner.fanout, self.link, <uint64_t>in_transport)
+            owner.tell()
 
     def writable(self):
-        cdef wsf_fanout *fanout = self.of()
-        if fanout == NULL:
-            return
-        wsf_link_clear(fanout, self.link, WSF_BLOCKED | WSF_UNSURE)
-        (<Fanout>self.fanout).wake(self)
+        cdef Fanout owner = self.of()
+        if owner is not None:
+            wsf_link_clear(owner.fanout, self.link, WSF_BLOCKED | WSF_UNSURE)
+            owner.wake_up(self)
+            owner.tell()
+
+    def watch(self, bytes):
+        cdef Fanout owner = self.of()
+        if owner is not None:
+            wsf_link_watch(owner.fanout, self.link, <uint64_t>bytes)
+            owner.tell()
 
     def finish(self):
-        if self.of() != NULL and self.link.facts & WSF_OPEN and self.link.outbox.count != 0:
-            (<Fanout>self.fanout).hand_over(self)
+        cdef Fanout owner = self.of()
+        if owner is not None and self.link.facts & WSF_OPEN and self.link.outbox.count != 0:
+            owner.hand_over(self)
 
     def close(self):
-        cdef wsf_fanout *fanout = self.of()
-        if fanout != NULL:
-            (<Fanout>self.fanout).look_at_clock()
-            wsf_link_close(fanout, self.link, WSF_BY_END)
+        cdef Fanout owner = self.of()
+        if owner is not None:
+            owner.look_at_clock()
+            wsf_link_close(owner.fanout, self.link, WSF_BY_END)
+            owner.tell()
 
     # ---- the way through the adapter
 
@@ -278,16 +330,19 @@ cdef class Link:
         return payload.decode() if frame.data[0] & 0x0F == WSF_TEXT else payload
 
     def commit(self, frames, in_transport, is_counted=False):
-        cdef wsf_fanout *fanout = self.of()
-        if fanout != NULL:
+        cdef Fanout owner = self.of()
+        if owner is not None:
             wsf_link_commit(
-                fanout, self.link, <uint32_t>frames, <uint64_t>in_transport, _count_nothing if is_counted else _count
+                owner.fanout, self.link, <uint32_t>frames, <uint64_t>in_transport,
+                _count_nothing if is_counted else _count,
             )
+            owner.tell()
 
     def fail(self, frames):
-        cdef wsf_fanout *fanout = self.of()
-        if fanout != NULL:
-            wsf_link_fail(fanout, self.link, <uint32_t>frames)
+        cdef Fanout owner = self.of()
+        if owner is not None:
+            wsf_link_fail(owner.fanout, self.link, <uint32_t>frames)
+            owner.tell()
 
 
 cdef bytes _bytes_of(wsf_frame *frame):
@@ -295,9 +350,22 @@ cdef bytes _bytes_of(wsf_frame *frame):
     cdef bytes data
     if frame.bytes == NULL:
         data = PyBytes_FromStringAndSize(<char *>frame.data, <Py_ssize_t>frame.size)
-        Py_INCREF(data)  # for the frame
-        frame.bytes = <PyObject *>data
+        wsf_frame_keep(frame, <PyObject *>data)
     return <bytes>frame.bytes
+
+
+cdef object _rest_of(wsf_remainder *rest):
+    """What of a frame is to be sent still."""
+    cdef wsf_frame *frame = rest.frame
+    if rest.is_shared:
+        return PyMemoryView_FromObject(_bytes_of(frame))[rest.offset:]
+    return PyBytes_FromStringAndSize(<char *>frame.data + rest.offset, <Py_ssize_t>(frame.size - rest.offset))
+
+
+cdef inline int64_t _clock_ns() except? -1:
+    """The clock of slices, which are short."""
+    cdef int64_t now_ns = wsf_monotonic_ns()
+    return <int64_t>monotonic_ns() if now_ns < 0 else now_ns
 
 
 # ---- the fan-out ---------------------------------------------------------------------------------------------------------
@@ -317,15 +385,20 @@ cdef class Fanout:
     cdef wsf_pool *pool
     cdef unsigned wanted_helpers
     cdef bint is_sending
-    cdef object wake_up  # called when a link that waited can be flushed
-    cdef object hand_over  # called when all that a link has must go to its transport
+    cdef unsigned helper_count  # running
+    # Called with a link ...
+    cdef object wake_up  # that waited and can be flushed
+    cdef object hand_over  # all of which must go to its transport
+    cdef object has_room  # that was watched, when there is room
+    cdef object buffered  # returns how many bytes its transport has
     cdef object clock  # None: the system's
     cdef list encoders  # of the variants from 1
+    cdef list uncounted  # links of records that are not the core's, for which something was sent
     cdef wsf_link **targets
     cdef size_t target_capacity
 
     def __cinit__(
-        self, wake_up, hand_over, *, policy, max_bytes, low_bytes, max_age_ns, max_total_bytes, helpers=0, clock=None
+        self, *, wake_up, hand_over, has_room, buffered, policy, max_bytes, low_bytes, max_age_ns, max_total_bytes, helpers=0, clock=None
     ):
         cdef wsf_limits limits
         memset(&limits, 0, sizeof(limits))
@@ -339,17 +412,25 @@ cdef class Fanout:
         self.wanted_helpers = <unsigned>min(_whole(helpers, "helpers", 0), <uint64_t>WSF_MAX_HELPERS)
         self.wake_up = wake_up
         self.hand_over = hand_over
+        self.has_room = has_room
+        self.buffered = buffered
         self.clock = clock
         self.encoders = []
+        self.uncounted = []
         self.fanout = wsf_fanout_new(&limits)
         if self.fanout == NULL:
             raise MemoryError
 
     def __dealloc__(self):
+        cdef wsf_message *message
         if self.pool != NULL:
             with nogil:
                 wsf_pool_free(self.pool)
         if self.fanout != NULL:
+            while self.fanout.decided != NULL:
+                message = wsf_fanout_take_decided(self.fanout)
+                Py_CLEAR(message.waiter)
+                wsf_message_release(message)
             wsf_fanout_free(self.fanout)  # __del__ has forgotten the links
         PyMem_RawFree(self.targets)
 
@@ -357,16 +438,53 @@ cdef class Fanout:
         return f"<Fanout with {len(self)} links, {self.fanout.line.count} in line>"
 
     def __del__(self):
+        if self.fanout == NULL:
+            return
         for link in self.links():
             self.forget(link)
 
     cdef int look_at_clock(self) except -1:
         """Between the calls that are told the time, things happen too."""
-        self.fanout.now_ns = wsf_monotonic_ns() if self.clock is None else self.clock()
+        self.fanout.now_ns = _clock_ns() if self.clock is None else self.clock()
         return 0
 
-    cdef int wake(self, Link link) except -1:
-        self.wake_up(link)
+    cdef int tell(self) except -1:
+        """Tell those who wait for something that has come. It runs Python code: do it last."""
+        cdef wsf_message *message
+        cdef Link link
+        while self.uncounted:
+            link = self.uncounted.pop()
+            messages, nbytes = link.sent_messages, link.sent_bytes
+            link.sent_messages = link.sent_bytes = 0
+            link.record.sent(nbytes, messages)
+        while self.fanout.decided != NULL:
+            message = wsf_fanout_take_decided(self.fanout)
+            future = <object>message.waiter
+            Py_CLEAR(message.waiter)
+            wsf_message_release(message)
+            if not future.done():
+                future.set_result(None)
+        while self.fanout.roomy != NULL:
+            self.has_room(<object>wsf_fanout_take_roomy(self.fanout).handle)
+        return 0
+
+    cdef int ask(self, uint64_t size, int64_t now_ns) except -1:
+        """Ask the transports of those whom the policy would do something to, if their figures are old."""
+        cdef list doubtful = []
+        cdef Link link
+        cdef uint32_t i
+        for i in range(self.fanout.waiting_count):
+            if wsf_link_is_doubtful(self.fanout, self.fanout.waiting[i], size, now_ns):
+                doubtful.append(<object>self.fanout.waiting[i].handle)
+        for link in doubtful:
+            self.ask_one(link, now_ns)
+        return 0
+
+    cdef int ask_one(self, Link link, int64_t now_ns) except -1:
+        in_transport = self.buffered(link)
+        if link.fanout != NULL and link.link.facts & WSF_BLOCKED:
+            self.fanout.now_ns = now_ns
+            wsf_link_block(self.fanout, link.link, <uint64_t>in_transport)
         return 0
 
     cdef int check(self) except -1:
@@ -385,7 +503,7 @@ cdef class Fanout:
         self.encoders.append(encode)
         return len(self.encoders)
 
-    def admit(self, record, ws, variant=0):
+    def admit(self, record, ws, variant=0, keeps_views=False):
         cdef uint32_t number = <uint32_t>_whole(variant, "variant", 0)
         cdef Link link
         self.check()
@@ -402,6 +520,7 @@ cdef class Fanout:
         link.link.handle = <PyObject *>link
         link.link.variant = number
         link.link.fd = -1
+        link.link.keeps_views = bool(keeps_views)
         if wsf_fanout_find(self.fanout, <PyObject *>record) != NULL:
             raise ValueError(f"{record!r} has a link already")
         if wsf_fanout_admit(self.fanout, link.link) != WSF_OK:
@@ -416,13 +535,16 @@ cdef class Fanout:
         return link
 
     def forget(self, Link link not None):
-        cdef wsf_fanout *fanout = link.of()
-        if fanout == NULL:
+        cdef Fanout owner = link.of()
+        if owner is None:
             return
-        if fanout != self.fanout:
+        if owner is not self:
             raise ValueError(f"{link!r} belongs to another fan-out")
-        wsf_link_close(fanout, link.link, WSF_BY_END)
-        wsf_fanout_forget(fanout, link.link)
+        wsf_link_close(self.fanout, link.link, WSF_BY_END)
+        self.tell()
+        if link.fanout == NULL:  # by whom that told
+            return
+        wsf_fanout_forget(self.fanout, link.link)
         link.fanout = NULL
         link.link.record = NULL
         Py_DECREF(link)  # the table's; the caller has another one
@@ -449,6 +571,8 @@ cdef class Fanout:
         cdef Message message = Message.__new__(Message)
         cdef int64_t created_ns = now_ns
         if key is not None:
+            if type(key) is not str:
+                raise TypeError(f"key must be exactly str, not {type(key).__name__}")
             PyObject_Hash(key)
         message.fanout = self
         message.message = wsf_message_new(
@@ -467,6 +591,8 @@ cdef class Fanout:
         self.check()
         if message.fanout is not self:
             raise ValueError("the message is of another fan-out")
+        if self.fanout.waiting_count != 0:
+            self.ask(message.frames[0].size, message.message.created_ns)
         while True:
             strangers.clear()
             count = self.fanout.links.used if records is None else self._find(records, strangers)
@@ -480,6 +606,7 @@ cdef class Fanout:
                     self._encode(message, variant)
         self._leave_out(excluded)
         wsf_fanout_push(self.fanout, links, count, message.frames, is_late)
+        self.tell()
         return strangers
 
     cdef int _leave_out(self, list records) except -1:
@@ -541,39 +668,48 @@ cdef class Fanout:
         wsf_fanout_end_window(self.fanout)
 
     def flush(self, now_ns, slice_ns):
-        cdef int64_t until_ns = wsf_monotonic_ns() + <int64_t>slice_ns
+        cdef int64_t until_ns = _clock_ns() + <int64_t>slice_ns
         cdef list left = []
         self.check()
         self.fanout.now_ns = now_ns
-        while True:
-            if wsf_fanout_plan(self.fanout) == 0:
-                return left
+        while wsf_fanout_plan(self.fanout) != 0:
             self._start_helpers()
             self.is_sending = True
             with nogil:
                 wsf_fanout_send(self.fanout, self.pool, until_ns)
             self.is_sending = False
             self._settle(left)
-            if wsf_monotonic_ns() >= until_ns:
-                return left
+            if _clock_ns() >= until_ns:
+                break
+        self.tell()
+        return left
 
     cdef int _start_helpers(self) except -1:
-        if self.pool == NULL and self.wanted_helpers != 0 and self.fanout.job_count >= 64:
+        if self.pool == NULL and self.wanted_helpers != 0 and self.fanout.job_count >= WSF_PARALLEL_FROM:
             self.pool = wsf_pool_new(self.wanted_helpers)  # NULL: it goes without
+            self.helper_count = 0 if self.pool == NULL else wsf_pool_helpers(self.pool)
         return 0
 
     cdef int _settle(self, list left) except -1:
+        """What the plan leaves to do. No Python code runs meanwhile, so the collector must not come either."""
+        cdef bint collects = PyGC_Disable() != 0
+        try:
+            self._settle_all(left)
+        finally:
+            if collects:
+                PyGC_Enable()
+        return 0
+
+    cdef int _settle_all(self, list left) except -1:
         cdef wsf_remainder rest
         cdef int what
-        cdef bytes data
         while True:
             what = wsf_fanout_settle(self.fanout, _count, &rest)
             if what == WSF_DONE:
                 return 0
             if what == WSF_REST:
                 try:
-                    data = PyBytes_FromStringAndSize(<char *>rest.frame.data + rest.offset,
-                                                     <Py_ssize_t>(rest.frame.size - rest.offset))
+                    data = _rest_of(&rest)
                 except MemoryError:  # half a frame is on its way, and there is no rest
                     wsf_link_fail(self.fanout, rest.link, 0)
                     left.append((<object>rest.link.handle, WSF_FAILED, ENOMEM))
@@ -610,11 +746,15 @@ cdef class Fanout:
         self.check()
         self.fanout.now_ns = now_ns
         wsf_fanout_expire(self.fanout)
+        self.tell()
 
     def shed(self, now_ns):
         self.check()
+        for link in self.waiting():
+            self.ask_one(link, now_ns)
         self.fanout.now_ns = now_ns
         wsf_fanout_shed(self.fanout)
+        self.tell()
 
     @property
     def has_reports(self):
@@ -644,7 +784,7 @@ cdef class Fanout:
             "links": self.fanout.links.used,
             "waiting": self.fanout.waiting_count,
             "queued_bytes": self.fanout.account,
-            "helpers": 0 if self.pool == NULL else wsf_pool_helpers(self.pool),
+            "helpers": self.helper_count,
         }
 
     def _check(self):
@@ -657,7 +797,7 @@ cdef class Fanout:
         cdef wsf_pool *pool = self.pool
         self.check()
         self.pool = NULL
-        self.wanted_helpers = 0
+        self.wanted_helpers = self.helper_count = 0
         if pool != NULL:
             with nogil:
                 wsf_pool_free(pool)
@@ -668,4 +808,8 @@ def _live():
     cdef int64_t *counters = WSF_LIVE_COUNTERS
     if counters == NULL:
         return None
-    return {"messages": counters[6], "frames": counters[7], "links": counters[8]}
+    return {
+        "messages": counters[WSF_LIVE_MESSAGE],
+        "frames": counters[WSF_LIVE_FRAME],
+        "links": counters[WSF_LIVE_LINK],
+    }

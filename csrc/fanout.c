@@ -8,14 +8,12 @@
 #include <sys/socket.h>
 #include <sys/types.h>
 #include <sys/uio.h>
-#include <time.h>
 #endif
 
 #define ARENA_BYTES (64 * WSF_JOIN_BYTES)
-/* Jobs that a thread takes at a time: some 30 microseconds of work. */
+/* What a thread takes at a time, in jobs and in bytes: some 30 microseconds of work. */
 #define CHUNK 8
-/* Fewer sends than this are done sooner than a helper wakes up. */
-#define PARALLEL_FROM 64
+#define CHUNK_BYTES 65536
 /* How many links ahead a walk asks for memory. */
 #define AHEAD 8
 /* Frames in one call for the kernel, which allows 1,024; they lie on the stack. */
@@ -35,7 +33,7 @@ wsf_fanout *wsf_fanout_new(const wsf_limits *limits)
 
 void wsf_fanout_free(wsf_fanout *fanout)
 {
-    WSF_ASSERT(fanout->links.used == 0 && fanout->waiting_count == 0);
+    WSF_ASSERT(fanout->links.used == 0 && fanout->waiting_count == 0 && fanout->decided == NULL);
     wsf_table_free(&fanout->links, &fanout->table_bytes);
     PyMem_RawFree(fanout->line.links);
     PyMem_RawFree(fanout->later.links);
@@ -150,6 +148,7 @@ int wsf_fanout_admit(wsf_fanout *fanout, wsf_link *link)
     if (wsf_table_insert(&fanout->links, &fanout->table_bytes, wsf_link_hash(link), link, wsf_link_hash) != WSF_OK)
         return WSF_NO_MEMORY;
     link->all_at = count - 1;
+    link->room_mark = WSF_NO_MARK;
     fanout->all[link->all_at] = link;
     WSF_COUNT_LIVE(WSF_LIVE_LINK, 1);
     return WSF_OK;
@@ -194,37 +193,83 @@ static void withdraw_reports(wsf_fanout *fanout, const wsf_link *link)
 
 /* ---- what becomes of an entry -------------------------------------------------------------------------------------------- */
 
-static void resolve(wsf_entry entry, uint32_t *outcome)
+static void resolve(wsf_fanout *fanout, wsf_entry entry, uint32_t *outcome)
 {
-    wsf_tally *tally = &wsf_entry_frame(entry)->message->tally;
-    if (entry & WSF_QUEUED)
-        tally->queued--;
-    else
-        tally->pending--;
+    wsf_message *message = wsf_entry_frame(entry)->message;
     ++*outcome;
+    if (entry & WSF_QUEUED) {
+        message->tally.queued--;
+    } else if (--message->tally.pending == 0 && message->waiter != NULL) {
+        message->next = fanout->decided;
+        fanout->decided = wsf_message_retain(message);
+    }
+}
+
+wsf_message *wsf_fanout_take_decided(wsf_fanout *fanout)
+{
+    wsf_message *message = fanout->decided;
+    if (message != NULL)
+        fanout->decided = message->next;
+    return message;
+}
+
+static void note_room(wsf_fanout *fanout, wsf_link *link)
+{
+    if (link->is_roomy || link->room_mark == WSF_NO_MARK ||
+        (wsf_link_bytes(link) > link->room_mark && (link->facts & WSF_OPEN)))
+        return;
+    link->room_mark = WSF_NO_MARK;
+    link->is_roomy = 1;
+    link->next_roomy = fanout->roomy;
+    fanout->roomy = link;
+}
+
+wsf_link *wsf_fanout_take_roomy(wsf_fanout *fanout)
+{
+    wsf_link *link = fanout->roomy;
+    if (link != NULL) {
+        fanout->roomy = link->next_roomy;
+        link->is_roomy = 0;
+    }
+    return link;
+}
+
+void wsf_link_watch(wsf_fanout *fanout, wsf_link *link, uint64_t bytes)
+{
+    if (link->room_mark == WSF_NO_MARK || link->room_mark < bytes)
+        link->room_mark = bytes;
+    note_room(fanout, link);
 }
 
 static inline wsf_tally *tally_of(wsf_entry entry) { return &wsf_entry_frame(entry)->message->tally; }
 
-/* Drop from the front as long as there is something and more than `keep_bytes`, or it is from before `before_ns`.
+/* What is judged against max_bytes. Where the latest of each key is to be kept, what has been handed to the transport counts
+ * for nothing: it cannot give way for them, however long it is. */
+static uint64_t judged_bytes(const wsf_fanout *fanout, const wsf_link *link)
+{
+    return fanout->limits.policy == WSF_CONFLATE ? link->outbox.bytes : wsf_link_bytes(link);
+}
+
+/* Drop from the front as long as there is something and more than `keep_bytes` is judged, or it is from before `before_ns`.
  * Returns how many, and reports them. */
 static uint32_t drop_front(wsf_fanout *fanout, wsf_link *link, uint64_t keep_bytes, int64_t before_ns, int cause)
 {
     wsf_report dropped = {.link = link, .what = WSF_DROPPED, .cause = (uint8_t)cause};
     while (link->outbox.count != 0) {
         const wsf_message *first = wsf_entry_frame(*wsf_outbox_at(&link->outbox, 0))->message;
-        if (wsf_link_bytes(link) <= keep_bytes && first->created_ns >= before_ns)
+        if (judged_bytes(fanout, link) <= keep_bytes && first->created_ns >= before_ns)
             break;
         if (dropped.messages++ == 0)
             dropped.age_s = age_s(fanout, first->created_ns);
         wsf_entry entry = wsf_outbox_pop(&link->outbox, &fanout->account);
         dropped.bytes += first->payload_size;
-        resolve(entry, &tally_of(entry)->dropped);
+        resolve(fanout, entry, &tally_of(entry)->dropped);
         wsf_frame_release(wsf_entry_frame(entry));
     }
     fanout->totals.dropped[cause] += dropped.messages;
     if (dropped.messages != 0)
         report(fanout, dropped);
+    note_room(fanout, link);
     return dropped.messages;
 }
 
@@ -245,7 +290,7 @@ static void begin_waiting(wsf_fanout *fanout, wsf_link *link)
     for (uint32_t place = 0; place < link->outbox.count; place++) {
         wsf_entry *entry = wsf_outbox_at(&link->outbox, place);
         if (!(*entry & WSF_QUEUED)) {
-            resolve(*entry, &tally_of(*entry)->queued);
+            resolve(fanout, *entry, &tally_of(*entry)->queued);
             *entry |= WSF_QUEUED;
         }
     }
@@ -256,6 +301,8 @@ static void end_waiting(wsf_fanout *fanout, wsf_link *link)
     wsf_link *last = fanout->waiting[--fanout->waiting_count];
     fanout->waiting[link->waiting_at] = last;
     last->waiting_at = link->waiting_at;
+    if (wsf_link_bytes(link) <= fanout->limits.low_bytes)
+        link->facts &= ~(uint32_t)WSF_SHEDDING;
     if (link->outbox.count != 0)
         line_push(fanout, &fanout->line, link, WSF_IN_LINE);
 }
@@ -268,10 +315,25 @@ void wsf_link_set(wsf_fanout *fanout, wsf_link *link, uint32_t facts)
         begin_waiting(fanout, link);
 }
 
+/* Bytes that the transport has copied. What it has not is the first that it writes, and charged as a frame. */
+static int64_t copied_bytes(const wsf_link *link)
+{
+    return link->in_transport > link->shared ? (int64_t)(link->in_transport - link->shared) : 0;
+}
+
 static void set_in_transport(wsf_fanout *fanout, wsf_link *link, uint64_t in_transport)
 {
-    (void)WSF_ADD64(&fanout->account, (int64_t)in_transport - (int64_t)link->in_transport);
+    int64_t before = copied_bytes(link);
     link->in_transport = in_transport;
+    if (in_transport < link->shared)
+        link->shared = in_transport;
+    if (link->shared == 0 && link->rest != NULL) {
+        wsf_frame_release(link->rest);
+        link->rest = NULL;
+    }
+    (void)WSF_ADD64(&fanout->account, copied_bytes(link) - before);
+    link->asked_ns = fanout->now_ns;
+    note_room(fanout, link);
 }
 
 void wsf_link_clear(wsf_fanout *fanout, wsf_link *link, uint32_t facts)
@@ -303,6 +365,12 @@ void wsf_link_close(wsf_fanout *fanout, wsf_link *link, int cause)
 void wsf_fanout_forget(wsf_fanout *fanout, wsf_link *link)
 {
     WSF_ASSERT(!(link->facts & WSF_OPEN) && link->outbox.count == 0);
+    for (wsf_link **at = &fanout->roomy; link->is_roomy; at = &(*at)->next_roomy)
+        if (*at == link) {
+            *at = link->next_roomy;
+            link->is_roomy = 0;
+            break;
+        }
     wsf_link_clear(fanout, link, WSF_WAITS);
     line_leave(fanout, &fanout->line, link, WSF_IN_LINE);
     line_leave(fanout, &fanout->later, link, WSF_LATER);
@@ -327,14 +395,12 @@ static int64_t waits_since_ns(wsf_link *link)
     return since_ns;
 }
 
-/* The transport of a link that is given up still holds what it holds, but not for long: it is not charged any more. */
 static void give_up(wsf_fanout *fanout, wsf_link *link, int cause)
 {
     report(fanout, (wsf_report){link, WSF_TOO_SLOW, (uint8_t)cause, link->outbox.count, wsf_link_bytes(link),
                                 age_s(fanout, waits_since_ns(link))});
     fanout->totals.too_slow[cause]++;
     wsf_link_close(fanout, link, cause);
-    set_in_transport(fanout, link, 0);
 }
 
 /* Whether a frame may be appended to a link that waits, after what the policy does for it. */
@@ -342,7 +408,7 @@ static int make_way(wsf_fanout *fanout, wsf_link *link, wsf_frame *frame)
 {
     const wsf_limits *limits = &fanout->limits;
     wsf_message *message = frame->message;
-    uint64_t waits = wsf_link_bytes(link);
+    uint64_t waits = judged_bytes(fanout, link);
     if ((link->facts & WSF_SHEDDING) && waits <= limits->low_bytes)
         link->facts &= ~(uint32_t)WSF_SHEDDING;
     if (limits->policy == WSF_KEEP || waits == 0)
@@ -357,8 +423,7 @@ static int make_way(wsf_fanout *fanout, wsf_link *link, wsf_frame *frame)
     if (limits->policy != WSF_DROP_NEWEST) {
         uint64_t keep_bytes = limits->low_bytes > frame->size ? limits->low_bytes - frame->size : 0;
         message->tally.displaced += drop_front(fanout, link, keep_bytes, OF_ANY_AGE, WSF_BY_BYTES);
-        waits = wsf_link_bytes(link);
-        if (waits == 0 || waits + frame->size <= limits->max_bytes)
+        if (link->outbox.count == 0 || judged_bytes(fanout, link) + frame->size <= limits->max_bytes)
             return 1;
     } else {
         link->facts |= WSF_SHEDDING;
@@ -392,9 +457,10 @@ static int by_bytes_down(const void *left, const void *right)
 
 void wsf_fanout_shed(wsf_fanout *fanout)
 {
-    int64_t enough = (int64_t)(fanout->limits.max_total_bytes - fanout->limits.max_total_bytes / 8);
+    const int64_t enough = (int64_t)(fanout->limits.max_total_bytes - fanout->limits.max_total_bytes / 8);
     int drops = fanout->limits.policy != WSF_KEEP && fanout->limits.policy != WSF_DISCONNECT;
     uint32_t count = fanout->waiting_count;
+    int64_t leaving = 0; /* bytes in the transports of those who are given up: they are charged until they have gone */
     if (!wsf_fanout_is_over(fanout) || count == 0)
         return;
     /* The order of `waiting` itself means nothing. */
@@ -403,9 +469,13 @@ void wsf_fanout_shed(wsf_fanout *fanout)
         fanout->waiting[i]->waiting_at = i;
     for (uint32_t i = 0; drops && i < count && WSF_ADD64(&fanout->account, 0) > enough; i++)
         (void)drop_all(fanout, fanout->waiting[i], WSF_BY_BUDGET);
-    for (uint32_t i = 0; i < count && WSF_ADD64(&fanout->account, 0) > enough; i++)
-        if ((fanout->waiting[i]->facts & WSF_OPEN) && wsf_link_bytes(fanout->waiting[i]) != 0)
-            give_up(fanout, fanout->waiting[i], WSF_BY_BUDGET);
+    for (uint32_t i = 0; i < count && WSF_ADD64(&fanout->account, 0) - leaving > enough; i++) {
+        wsf_link *link = fanout->waiting[i];
+        if ((link->facts & WSF_OPEN) && wsf_link_bytes(link) != 0)
+            give_up(fanout, link, WSF_BY_BUDGET);
+        if (!(link->facts & WSF_OPEN))
+            leaving += copied_bytes(link);
+    }
 }
 
 /* ---- push ------------------------------------------------------------------------------------------------------------------ */
@@ -426,16 +496,17 @@ static int replace(wsf_fanout *fanout, wsf_link *link, wsf_frame *frame)
         tally->queued++;
     else
         tally->pending++;
-    resolve(former, &tally_of(former)->dropped);
+    resolve(fanout, former, &tally_of(former)->dropped);
     fanout->totals.conflated++;
     report(fanout, (wsf_report){link, WSF_CONFLATED, WSF_BY_BYTES, 1, older->payload_size,
                                 age_s(fanout, older->created_ns)});
     wsf_frame_release(wsf_entry_frame(former));
-    if ((link->facts & WSF_WAITS) && wsf_link_bytes(link) > fanout->limits.max_bytes && link->outbox.count > 1) {
+    if ((link->facts & WSF_WAITS) && judged_bytes(fanout, link) > fanout->limits.max_bytes && link->outbox.count > 1) {
         uint32_t dropped = tally->dropped; /* it may be among them, and has not displaced itself */
         tally->displaced += drop_front(fanout, link, fanout->limits.max_bytes, OF_ANY_AGE, WSF_BY_BYTES);
         tally->displaced -= tally->dropped - dropped;
     }
+    note_room(fanout, link);
     return 1;
 }
 
@@ -556,10 +627,13 @@ uint32_t wsf_fanout_plan(wsf_fanout *fanout)
 {
     const wsf_line *line = &fanout->line;
     uint32_t count = line->count < WSF_BATCH ? line->count : WSF_BATCH;
+    uint64_t longest = 1;
     for (uint32_t i = 0; i < count; i++) {
         WSF_PREFETCH(line->links[(line->head + i + AHEAD) & (line->capacity - 1)]);
         plan_job(fanout, &fanout->jobs[i], line->links[(line->head + i) & (line->capacity - 1)]);
+        longest = fanout->jobs[i].size > longest ? fanout->jobs[i].size : longest;
     }
+    fanout->chunk = longest * CHUNK <= CHUNK_BYTES ? CHUNK : longest < CHUNK_BYTES ? (int64_t)(CHUNK_BYTES / longest) : 1;
     fanout->job_count = count;
     fanout->settled = 0;
     fanout->taken = 0;
@@ -573,13 +647,6 @@ uint32_t wsf_fanout_plan(wsf_fanout *fanout)
 #ifndef MSG_NOSIGNAL
 #define MSG_NOSIGNAL 0 /* the interpreter ignores SIGPIPE */
 #endif
-
-static int64_t clock_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-}
 
 /* What a call has sent: bytes, 0 if the socket takes nothing now, or -errno. */
 static int64_t outcome(ssize_t result)
@@ -624,7 +691,7 @@ static int64_t send_frames(int fd, wsf_outbox *outbox)
         while (result < 0 && errno == EINTR);
         int64_t now = outcome(result);
         if (now < 0)
-            return now;
+            return sent != 0 ? sent : now; /* the transport, which gets the rest, will meet the error */
         sent += now;
         if ((size_t)now < size)
             break;
@@ -635,17 +702,17 @@ static int64_t send_frames(int fd, wsf_outbox *outbox)
 static void carry_out(void *argument)
 {
     wsf_fanout *fanout = argument;
-    int64_t count = fanout->job_count, end;
+    int64_t count = fanout->job_count, chunk = fanout->chunk, end;
     do {
-        end = WSF_ADD64(&fanout->taken, CHUNK);
-        for (int64_t i = end - CHUNK; i < end && i < count; i++) {
+        end = WSF_ADD64(&fanout->taken, chunk);
+        for (int64_t i = end - chunk; i < end && i < count; i++) {
             wsf_job *job = &fanout->jobs[i];
             if (!job->direct || job->frames == 0)
                 continue;
             job->sent = job->data != NULL ? send_piece(job->link->fd, job->data, job->size)
                                           : send_frames(job->link->fd, &job->link->outbox);
         }
-    } while (end < count && clock_ns() < fanout->deadline_ns);
+    } while (end < count && wsf_monotonic_ns() < fanout->deadline_ns);
 }
 
 #else
@@ -661,7 +728,7 @@ static void carry_out(void *argument)
 void wsf_fanout_send(wsf_fanout *fanout, wsf_pool *pool, int64_t deadline_ns)
 {
     fanout->deadline_ns = deadline_ns;
-    if (pool != NULL && fanout->job_count >= PARALLEL_FROM)
+    if (pool != NULL && fanout->job_count >= WSF_PARALLEL_FROM)
         wsf_pool_run(pool, carry_out, fanout);
     else
         carry_out(fanout);
@@ -682,7 +749,7 @@ static uint32_t take_sent(wsf_fanout *fanout, wsf_link *link, uint64_t sent, uin
         *payload_bytes += frame->message->payload_size;
         messages++;
         wsf_entry entry = wsf_outbox_pop(&link->outbox, &fanout->account);
-        resolve(entry, &frame->message->tally.sent);
+        resolve(fanout, entry, &frame->message->tally.sent);
         wsf_frame_release(frame);
     }
     return messages;
@@ -701,7 +768,7 @@ void wsf_link_fail(wsf_fanout *fanout, wsf_link *link, uint32_t frames)
     fanout->totals.failed++;
     for (; frames != 0 && link->outbox.count != 0; frames--) {
         wsf_entry entry = wsf_outbox_pop(&link->outbox, &fanout->account);
-        resolve(entry, &tally_of(entry)->failed);
+        resolve(fanout, entry, &tally_of(entry)->failed);
         wsf_frame_release(wsf_entry_frame(entry));
     }
     wsf_link_close(fanout, link, WSF_BY_END);
@@ -715,8 +782,14 @@ static void cut_short(wsf_fanout *fanout, wsf_link *link, uint64_t sent, wsf_rem
     remainder->offset = (size_t)(sent - (before - link->outbox.bytes));
     wsf_entry entry = wsf_outbox_pop(&link->outbox, &fanout->account);
     wsf_frame *frame = wsf_entry_frame(entry);
-    resolve(entry, &frame->message->tally.queued);
+    resolve(fanout, entry, &frame->message->tally.queued);
     remainder->frame = frame;
+    remainder->is_shared = link->keeps_views && frame->references > 1;
+    if (remainder->is_shared) {
+        wsf_frame_retain(frame, 1);
+        link->rest = frame;
+        link->shared = frame->size - remainder->offset;
+    }
     count_sent(fanout, link, messages + 1, payload_bytes + frame->message->payload_size, count);
     wsf_link_block(fanout, link, frame->size - remainder->offset);
 }
@@ -742,6 +815,8 @@ static int settle_job(wsf_fanout *fanout, const wsf_job *job, wsf_count count, w
     }
     uint32_t messages = take_sent(fanout, link, job->size, &payload_bytes);
     count_sent(fanout, link, messages, payload_bytes, count);
+    link->facts &= ~(uint32_t)WSF_SHEDDING;
+    note_room(fanout, link);
     return WSF_DONE;
 }
 
@@ -774,13 +849,16 @@ void wsf_link_commit(wsf_fanout *fanout, wsf_link *link, uint32_t frames, uint64
         wsf_entry entry = wsf_outbox_pop(&link->outbox, &fanout->account);
         wsf_frame *frame = wsf_entry_frame(entry);
         payload_bytes += frame->message->payload_size;
-        resolve(entry, in_transport == 0 ? &frame->message->tally.sent : &frame->message->tally.queued);
+        resolve(fanout, entry, in_transport == 0 ? &frame->message->tally.sent : &frame->message->tally.queued);
         wsf_frame_release(frame);
     }
     count_sent(fanout, link, messages, payload_bytes, count);
-    if (in_transport != 0)
+    if (in_transport != 0) {
         wsf_link_block(fanout, link, in_transport);
-    else if (link->outbox.count != 0 && !(link->facts & WSF_WAITS))
+        return;
+    }
+    note_room(fanout, link);
+    if (link->outbox.count != 0 && !(link->facts & WSF_WAITS))
         line_push(fanout, &fanout->line, link, WSF_IN_LINE);
 }
 
@@ -832,7 +910,7 @@ static void check_account(wsf_fanout *fanout)
         const wsf_link *link = fanout->all[i];
         least += (int64_t)(link->outbox.capacity * sizeof *link->outbox.ring);
         least += (int64_t)(link->outbox.place_capacity * sizeof *link->outbox.places);
-        least += (int64_t)link->in_transport;
+        least += copied_bytes(link);
     }
     WSF_ASSERT(WSF_ADD64(&fanout->account, 0) >= least);
 }

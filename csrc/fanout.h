@@ -44,6 +44,7 @@ enum {
     WSF_SHEDDING = 128 /* over the limit, and not yet below the mark where dropping ends */
 };
 #define WSF_WAITS (WSF_BLOCKED | WSF_FRAGMENT)
+#define WSF_NO_MARK UINT64_MAX
 
 /* What a push and a plan touch is the first cache line. */
 typedef struct wsf_link {
@@ -54,8 +55,15 @@ typedef struct wsf_link {
     uint64_t left_out_of; /* number of the push that does not mean it; they are counted from 1, and do not come round */
     wsf_outbox outbox;    /* its keys are on the second cache line */
     uint32_t later_at, waiting_at, all_at; /* places, as line_at */
-    uint64_t in_transport; /* bytes, while it is blocked */
+    uint64_t in_transport; /* bytes, while it is blocked: as many as there were when the transport was last asked */
+    uint64_t shared;       /* of them: bytes of `rest`, which the transport has not copied */
+    wsf_frame *rest;       /* owned, while `shared` is not 0 */
+    int keeps_views;       /* the transport does not copy what it is given */
     int64_t blocked_ns;    /* since when it is blocked */
+    int64_t asked_ns;      /* when its transport was asked */
+    uint64_t room_mark;    /* somebody waits until no more bytes than this wait for it, or it is closed; see WSF_NO_MARK */
+    struct wsf_link *next_roomy;
+    int is_roomy; /* it is in `roomy` */
     PyObject *record;      /* borrowed; its address is what a link is found by */
     PyObject *handle;      /* borrowed: what the owner of the fan-out knows the link by */
 } wsf_link;
@@ -120,10 +128,11 @@ typedef struct {
 } wsf_job;
 
 #define WSF_BATCH 256
+#define WSF_PARALLEL_FROM 64 /* fewer sends are done sooner than a helper wakes up */
 #define WSF_JOIN_BYTES 16384 /* frames are joined by copying up to here, and listed for the kernel beyond */
 
 typedef struct wsf_fanout {
-    int64_t account; /* bytes of messages, frames, rings, and what waits in transports; atomic */
+    int64_t account; /* bytes of messages, frames, rings, and what transports have copied; atomic */
     wsf_limits limits;
     wsf_totals totals;
     wsf_line line, later;
@@ -138,10 +147,15 @@ typedef struct wsf_fanout {
     wsf_report *reports;
     uint32_t report_count, report_capacity;
     int64_t now_ns; /* of the call under way */
+    /* For those who wait, to be taken by the owner: messages of which nothing is pending any more, each with a reference;
+     * and links that have as much room as somebody waits for. */
+    wsf_message *decided;
+    wsf_link *roomy;
     /* the plan */
     wsf_job jobs[WSF_BATCH];
     uint32_t job_count, settled;
     int64_t taken; /* jobs; atomic while they are being sent */
+    int64_t chunk; /* jobs that a thread takes at a time */
     int64_t deadline_ns;
     uint8_t *arena;
     size_t arena_used;
@@ -162,6 +176,23 @@ void wsf_link_set(wsf_fanout *fanout, wsf_link *link, uint32_t facts);
 void wsf_link_clear(wsf_fanout *fanout, wsf_link *link, uint32_t facts);
 /* The transport did not take all: `in_transport` bytes wait there. */
 void wsf_link_block(wsf_fanout *fanout, wsf_link *link, uint64_t in_transport);
+/* Note in `roomy` when no more than so many bytes wait for it; at once, if that is so or it is closed. */
+void wsf_link_watch(wsf_fanout *fanout, wsf_link *link, uint64_t bytes);
+/* Take one off, or NULL. */
+wsf_link *wsf_fanout_take_roomy(wsf_fanout *fanout);
+wsf_message *wsf_fanout_take_decided(wsf_fanout *fanout);
+/* Whether the transport should be asked how much it has before a frame of this size is pushed: what is known may be old,
+ * and would make the policy act. */
+static inline int wsf_link_is_doubtful(const wsf_fanout *fanout, const wsf_link *link, uint64_t size, int64_t now_ns)
+{
+    if (link->in_transport == 0 || !(link->facts & WSF_OPEN))
+        return 0;
+    if (fanout->limits.policy == WSF_DISCONNECT)
+        return wsf_link_bytes(link) + size > fanout->limits.max_bytes;
+    /* It may be over its limit for long: a millisecond is not old. */
+    return fanout->limits.policy == WSF_DROP_NEWEST && now_ns - link->asked_ns > 1000000 &&
+           ((link->facts & WSF_SHEDDING) || wsf_link_bytes(link) + size > fanout->limits.max_bytes);
+}
 /* Close it for good. Everything in its outbox is dropped, and reported with this cause. */
 void wsf_link_close(wsf_fanout *fanout, wsf_link *link, int cause);
 
@@ -186,6 +217,7 @@ typedef struct {
     wsf_link *link;
     wsf_frame *frame; /* WSF_REST: owned by the caller; what is left of it begins at `offset` */
     size_t offset;
+    int is_shared; /* WSF_REST: it is charged once for all who have it: the transport must be given a view of it */
     int what, error; /* WSF_FAILED: errno; the link is closed */
 } wsf_remainder;
 

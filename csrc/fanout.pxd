@@ -7,6 +7,9 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 cdef extern from "platform.h":
     enum:
         WSF_OK
+        WSF_LIVE_MESSAGE
+        WSF_LIVE_FRAME
+        WSF_LIVE_LINK
         WSF_LIVE_KINDS
     int64_t wsf_monotonic_ns() noexcept nogil
 
@@ -29,6 +32,7 @@ cdef extern from "frame.h":
         int64_t created_ns
         uint64_t payload_size
         wsf_tally tally
+        PyObject *waiter
     ctypedef struct wsf_frame:
         PyObject *bytes
         size_t size
@@ -38,6 +42,7 @@ cdef extern from "frame.h":
     void wsf_message_release(wsf_message *message) noexcept
     wsf_frame *wsf_frame_new(wsf_message *message, uint8_t first_bits, const void *payload, size_t size) noexcept
     void wsf_frame_release(wsf_frame *frame) noexcept
+    void wsf_frame_keep(wsf_frame *frame, PyObject *bytes) noexcept
 
 
 cdef extern from "outbox.h":
@@ -74,9 +79,21 @@ cdef extern from "fanout.h":
         WSF_BLOCKED
         WSF_FRAGMENT
         WSF_WAITS
+        WSF_PARALLEL_FROM
+        WSF_KEEP
+        WSF_DROP_NEWEST
+        WSF_DROP_OLDEST
+        WSF_CONFLATE
+        WSF_DISCONNECT
         WSF_POLICIES
-        WSF_CAUSES
+        WSF_BY_BYTES
+        WSF_BY_AGE
+        WSF_BY_BUDGET
         WSF_BY_END
+        WSF_CAUSES
+        WSF_DROPPED
+        WSF_CONFLATED
+        WSF_TOO_SLOW
         WSF_DONE
         WSF_THROUGH
         WSF_REST
@@ -88,6 +105,7 @@ cdef extern from "fanout.h":
         int fd
         wsf_outbox outbox
         uint64_t in_transport
+        int keeps_views
         uint32_t variant
         uint64_t left_out_of
     ctypedef struct wsf_report:
@@ -128,14 +146,21 @@ cdef extern from "fanout.h":
         int wants_reports
         wsf_report *reports
         uint32_t report_count
+        wsf_message *decided
+        wsf_link *roomy
         int64_t now_ns
         uint32_t job_count
     ctypedef struct wsf_remainder:
         wsf_link *link
         wsf_frame *frame
         size_t offset
+        int is_shared
         int error
     ctypedef void (*wsf_count)(wsf_link *link, uint64_t messages, uint64_t bytes) noexcept
+    void wsf_link_watch(wsf_fanout *fanout, wsf_link *link, uint64_t bytes) noexcept
+    wsf_link *wsf_fanout_take_roomy(wsf_fanout *fanout) noexcept
+    wsf_message *wsf_fanout_take_decided(wsf_fanout *fanout) noexcept
+    bint wsf_link_is_doubtful(const wsf_fanout *fanout, const wsf_link *link, uint64_t size, int64_t now_ns) noexcept
     uint64_t wsf_link_bytes(const wsf_link *link) noexcept
     wsf_fanout *wsf_fanout_new(const wsf_limits *limits) noexcept
     void wsf_fanout_free(wsf_fanout *fanout) noexcept

@@ -23,6 +23,7 @@ void wsf_message_release(wsf_message *message)
 {
     if (WSF_ADD64(&message->references, -1) != 0)
         return;
+    WSF_ASSERT(message->waiter == NULL);
     (void)WSF_ADD64(message->account, -(int64_t)sizeof *message);
     Py_XDECREF(message->key);
     PyMem_RawFree(message);
@@ -69,10 +70,16 @@ wsf_frame *wsf_frame_new(wsf_message *message, uint8_t first_bits, const void *p
     return frame;
 }
 
+void wsf_frame_keep(wsf_frame *frame, PyObject *bytes)
+{
+    frame->bytes = Py_NewRef(bytes);
+    charge(frame->message->account, frame->size);
+}
+
 void wsf_frame_free(wsf_frame *frame)
 {
     wsf_message *message = frame->message;
-    (void)WSF_ADD64(message->account, -(int64_t)(sizeof *frame + frame->size));
+    (void)WSF_ADD64(message->account, -(int64_t)(sizeof *frame + (frame->bytes == NULL ? 1 : 2) * frame->size));
     Py_XDECREF(frame->bytes);
     PyMem_RawFree(frame);
     wsf_message_release(message);

@@ -31,19 +31,21 @@ typedef struct {
     uint32_t disconnected; /* connections that were given up when this one came; they are in `dropped` */
 } wsf_tally;
 
-typedef struct {
+typedef struct wsf_message {
     int64_t references;
     int64_t *account;
     int64_t created_ns;
     PyObject *key;         /* owned, exact str, hash computed; NULL: has none. See wsf_outbox_find */
     uint64_t payload_size; /* as the application sees it: before compression */
     wsf_tally tally;
+    PyObject *waiter;           /* owned: who waits until nothing is pending; NULL: nobody. Its owner's business */
+    struct wsf_message *next; /* see wsf_fanout.decided */
 } wsf_message;
 
 typedef struct {
     int64_t references;
     wsf_message *message; /* owned */
-    PyObject *bytes;      /* owned: all of data as an object; NULL until somebody needs that */
+    PyObject *bytes;      /* owned: all of data as an object, see wsf_frame_keep; NULL until somebody needs that */
     size_t size;          /* of data */
     uint32_t header_size;
     uint8_t data[];
@@ -62,6 +64,8 @@ static inline wsf_message *wsf_message_retain(wsf_message *message)
  * memory. */
 wsf_frame *wsf_frame_new(wsf_message *message, uint8_t first_bits, const void *payload, size_t size);
 void wsf_frame_free(wsf_frame *frame);
+/* Keep this object in `bytes`. A reference is taken, and its size charged. */
+void wsf_frame_keep(wsf_frame *frame, PyObject *bytes);
 static inline void wsf_frame_retain(wsf_frame *frame, int64_t references)
 {
     (void)WSF_ADD64(&frame->references, references);

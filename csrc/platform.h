@@ -82,7 +82,10 @@ static inline unsigned wsf_lowest_bit(uint64_t bits) { return (unsigned)__builti
 /* ---- time -------------------------------------------------------------------------------------------------- */
 
 /* The clock of time.monotonic_ns, or -1 where only the interpreter knows how to read it. */
-#if defined(__linux__)
+#if defined(__APPLE__)
+#include <time.h>
+static inline int64_t wsf_monotonic_ns(void) { return (int64_t)clock_gettime_nsec_np(CLOCK_UPTIME_RAW); }
+#elif !defined(_WIN32)
 #include <time.h>
 static inline int64_t wsf_monotonic_ns(void)
 {

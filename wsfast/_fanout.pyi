@@ -10,18 +10,24 @@ itself, to know when its slice ends.
 Threads: the event loop's only. While ``flush`` has given up the GIL, a change from another thread is ``WrongThread``.
 """
 
+from asyncio import Future
 from builtins import bytes as _bytes
-from collections.abc import Callable, Iterable
-from typing import Any, Final, Self, final
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, Literal, Self, final
 
 from wsfast._core import ConnectionMeta
 
-__all__ = ["HAS_SOCKETS", "MAX_HELPERS", "MAX_VARIANTS", "Fanout", "Link", "Message"]
+__all__ = ["CAUSES", "HAS_SOCKETS", "MAX_HELPERS", "MAX_VARIANTS", "POLICIES", "Fanout", "Link", "Message"]
 
 HAS_SOCKETS: Final[bool]
 """Whether the direct path is compiled in. Without it, everything goes through transports."""
 MAX_HELPERS: Final[int]
 MAX_VARIANTS: Final[int]
+POLICIES: Final[Mapping[str, int]]
+CAUSES: Final[Mapping[Literal["bytes", "age", "budget", "closed"], int]]
+DROPPED: Final[int]
+CONFLATED: Final[int]
+TOO_SLOW: Final[int]
 THROUGH: Final[int]
 REST: Final[int]
 FAILED: Final[int]
@@ -51,6 +57,8 @@ class Message:
     @property
     def disconnected(self) -> int:
         """Connections that were given up because of it."""
+    def tell(self, future: Future[None]) -> None:
+        """Set the result of *future* once nothing is pending; at once if nothing is. One future can be told."""
     def miss(self, count: int) -> None:
         """Count targets that have no link, as dropped."""
 
@@ -85,6 +93,13 @@ class Link:
     @property
     def bytes(self) -> int:
         """In its outbox and in its transport."""
+    def sizes(self) -> list[int]:
+        """The sizes of the frames in its outbox."""
+    @property
+    def in_transport(self) -> int:
+        """Bytes in its transport when that was last asked."""
+    def watch(self, bytes: int) -> None:
+        """Call ``has_room`` once, when no more than so many bytes wait for it, or it is closed; at once if so."""
     # ---- facts, told by the adapter
     def direct(self, fd: int) -> None:
         """The core may write to this descriptor: a plain, non-blocking stream socket. The adapter must tell all that
@@ -122,7 +137,9 @@ class Fanout:
     Args:
         wake_up: called with a link that need not wait any longer, and may have something in line.
         hand_over: called with a link all of whose outbox must go to its transport now.
-        policy: 0 keep, 1 drop newest, 2 drop oldest, 3 conflate, 4 disconnect.
+        has_room: called with a link that is watched.
+        buffered: called with a link before a policy is applied to it; returns how many bytes its transport has.
+        policy: one of ``POLICIES``.
         max_bytes, low_bytes: of one connection: the most that may wait, and where dropping ends.
         max_age_ns: how long it may wait.
         max_total_bytes: of everything that is kept.
@@ -132,9 +149,11 @@ class Fanout:
 
     def __new__(
         cls,
+        *,
         wake_up: Callable[[Link], object],
         hand_over: Callable[[Link], object],
-        *,
+        has_room: Callable[[Link], object],
+        buffered: Callable[[Link], int],
         policy: int,
         max_bytes: int,
         low_bytes: int,
@@ -147,8 +166,8 @@ class Fanout:
     def add_variant(self, encode: Callable[[bytes, bool], bytes]) -> int:
         """The number of a kind of frames that are made from the payload, and whether it is text, by *encode*, and that
         have RSV1 set. 0 are plain frames."""
-    def admit(self, record: ConnectionMeta, ws: Any, variant: int = 0) -> Link:
-        """A link for a record that has none; it is open."""
+    def admit(self, record: ConnectionMeta, ws: Any, variant: int = 0, keeps_views: bool = False) -> Link:
+        """A link for a record that has none; it is open. *keeps_views*: its transport copies nothing."""
     def forget(self, link: Link) -> None:
         """Close it, and give up its record and its connection."""
     def get(self, record: ConnectionMeta) -> Link | None: ...
@@ -185,8 +204,8 @@ class Fanout:
 
         Returns:
             What is left to do: ``(link, THROUGH, None)``: write what it has through its adapter; ``(link, REST,
-            data)``: the link is blocked, and *data* must go to its transport; ``(link, FAILED, errno)``: it is
-            closed.
+            data)``: the link is blocked, and *data*, bytes or a view, must go to its transport before anything else
+            does; ``(link, FAILED, errno)``: it is closed.
         """
     @property
     def helpers(self) -> int: ...
@@ -203,9 +222,8 @@ class Fanout:
     @property
     def has_reports(self) -> bool: ...
     def take_reports(self) -> list[tuple[Link, int, int, int, int, float]]:
-        """What has happened since: ``(link, what, cause, messages, bytes, age_s)``. *what*: 0 dropped, 1 conflated
-        (both only if they are wanted), 2 given up as too slow. *cause*: 0 bytes, 1 age, 2 the total, 3 closed.
-        """
+        """What has happened since: ``(link, what, cause, messages, bytes, age_s)``. *what* is ``DROPPED`` or
+        ``CONFLATED`` (both only if they are wanted), or ``TOO_SLOW``: given up. *cause* is one of ``CAUSES``."""
     def stats(self) -> dict[str, Any]: ...
     def _check(self) -> None:
         """In a debug build, abort if an invariant of the structures is broken."""

@@ -30,9 +30,21 @@ import os
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from time import monotonic_ns, perf_counter
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from wsfast._fanout import FAILED, MAX_HELPERS, MAX_VARIANTS, REST, Fanout, Link
+from wsfast._fanout import (
+    CAUSES,
+    CONFLATED,
+    DROPPED,
+    FAILED,
+    MAX_HELPERS,
+    MAX_VARIANTS,
+    POLICIES,
+    REST,
+    THROUGH,
+    Fanout,
+    Link,
+)
 from wsfast._fanout import Message as Encoded
 from wsfast.adapters import Closed, adapter_for
 from wsfast.errors import InvalidSetting, MessageTooBig, PeerClosed, PeerError, PeerFailed, PeerTooSlow
@@ -67,7 +79,7 @@ _FOREVER_NS = 10**15
 # Records taken from the registry under one lock while the targets are listed.
 _BATCH = 1000
 
-# What may pile up for connections that keep up, before the loop's turn is over. Then it is flushed at once: a loop that
+# What may pile up before the loop's turn is over. Beyond it, each push is followed by a slice of flushing: a loop that
 # sends without ever waiting fills no memory.
 _TURN_BYTES = 8 * 2**20
 
@@ -78,9 +90,7 @@ _WRITE_BYTES = 256 * 1024
 _LOOKS_PER_AGE = 8
 _SHORTEST_LOOK_S = 0.05
 
-_POLICIES: tuple[str, ...] = get_args(Policy)
-_CAUSES: tuple[Cause, ...] = ("bytes", "age", "budget", "closed")
-_DROPPED, _CONFLATED, _TOO_SLOW = range(3)
+_CAUSES: dict[int, Cause] = {number: cause for cause, number in CAUSES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +135,8 @@ class Backpressure:
     reason: str = TOO_SLOW.reason
 
     def __post_init__(self) -> None:
-        if self.policy not in _POLICIES:
-            raise InvalidSetting("backpressure.policy", self.policy, ", ".join(map(repr, _POLICIES)))
+        if self.policy not in POLICIES:
+            raise InvalidSetting("backpressure.policy", self.policy, ", ".join(map(repr, POLICIES)))
         if not self.max_bytes >= 1:
             raise InvalidSetting("backpressure.max_bytes", self.max_bytes, "1 or more")
         if not 0 < self.max_age_s < 1e9:
@@ -225,9 +235,11 @@ class Delivery:
         self._look_s = max(_SHORTEST_LOOK_S, backpressure.max_age_s / _LOOKS_PER_AGE)
         self._give_up = give_up
         self._fanout = Fanout(
-            self._writable,
-            self.finish,
-            policy=_POLICIES.index(backpressure.policy),
+            wake_up=self._writable,
+            hand_over=self.finish,
+            has_room=self._tell_room,
+            buffered=self._buffered,
+            policy=POLICIES[backpressure.policy],
             max_bytes=backpressure.max_bytes,
             low_bytes=self._low_bytes,
             max_age_ns=int(backpressure.max_age_s * 1e9),
@@ -245,14 +257,12 @@ class Delivery:
         self._window_until = 0.0
         self._look: asyncio.TimerHandle | None = None
         self._is_flushing = False
-        # What was queued after the last flush.
+        # What was kept when nothing was in line.
         self._kept_bytes = 0
-        # Resolved at the end of the next flush.
-        self._flushed: asyncio.Future[None] | None = None
         # Calls of send that are under way.
         self._sending: dict[Link, _Sending] = {}
         # Who waits until no more than so many bytes wait for a link.
-        self._room: dict[Link, list[tuple[int, asyncio.Future[None]]]] = {}
+        self._room: dict[Link, dict[asyncio.Future[None], int]] = {}
         # Tasks that send by the library, which has its own flow control.
         self._senders: set[asyncio.Task[None]] = set()
 
@@ -270,11 +280,16 @@ class Delivery:
 
     def admit(self, record: ConnectionMeta, ws: object, adapter: Adapter) -> Link:
         """Begin with a connection: from now on, what is sent to *record* goes to *ws*."""
-        framing = adapter.framing(ws)
-        link = self._fanout.admit(record, ws, 0 if framing is None else self._variant(framing))
+        self._admitted += 1
+        try:
+            framing = adapter.framing(ws)
+            variant = 0 if framing is None else self._variant(framing)
+            link = self._fanout.admit(record, ws, variant, adapter.keeps_views(ws))
+        except BaseException:
+            self._forgotten += 1  # its record will be removed
+            raise
         if framing is None:
             self._by_library.add(link)
-        self._admitted += 1
         return link
 
     def finish(self, link: Link) -> None:
@@ -299,12 +314,6 @@ class Delivery:
         self._publish()
         self._fanout.forget(link)
         self._forgotten += 1
-        self._tell_room(link)
-
-    def waits_for(self, record: ConnectionMeta) -> tuple[int, int]:
-        """Messages and bytes that wait for a connection."""
-        link = self._fanout.get(record)
-        return (0, 0) if link is None else (link.messages + (link.is_blocked and link.messages == 0), link.bytes)
 
     def _variant(self, framing: Framing) -> int:
         """The number of the frames that this framing needs."""
@@ -341,10 +350,10 @@ class Delivery:
             sending.count -= 1
             if sending.count == 0:
                 del self._sending[link]
+        if sending.error is not None and not encoded.sent:
+            raise PeerFailed(record.client_id, sending.error)
         if encoded.sent or encoded.queued:
             return
-        if sending.error is not None:
-            raise PeerFailed(record.client_id, sending.error)
         if encoded.disconnected:
             raise PeerTooSlow(record.client_id)
         raise _lost_error(record, link)
@@ -352,12 +361,17 @@ class Delivery:
     async def _send(self, link: Link, encoded: Encoded, record: ConnectionMeta) -> None:
         """Push a message to one connection, and wait until it has left or there is room again."""
         self._push(encoded, [record], ())
+        await self._decided(encoded)
+        if encoded.queued:
+            # The library has its own flow control, and is done with a message when it is.
+            await self._wait_for_room(link, 0 if link in self._by_library else self._low_bytes)
+
+    async def _decided(self, encoded: Encoded) -> None:
+        """Wait until nothing of a message is pending."""
         if encoded.pending:
-            await asyncio.sleep(0)  # the flush was scheduled before this task
-        while encoded.pending:
-            await self._next_flush()
-        if encoded.queued and link.bytes > self._low_bytes:
-            await self._wait_for_room(link, self._low_bytes)
+            future = asyncio.get_running_loop().create_future()
+            encoded.tell(future)
+            await future
 
     async def broadcast(
         self,
@@ -373,10 +387,7 @@ class Delivery:
         """Send to all who match, and wait until it has left for all who keep up."""
         started = perf_counter()
         encoded = self._broadcast(message, group, user, tag, to, exclude, key, None)
-        if encoded.pending:
-            await asyncio.sleep(0)
-        while encoded.pending:
-            await self._next_flush()
+        await self._decided(encoded)
         return _result(encoded, started)
 
     def broadcast_nowait(
@@ -433,8 +444,9 @@ class Delivery:
         return records
 
     def _encode(self, message: Message, key: str | None) -> Encoded:
+        # Not message.encode(): a subclass may have one of its own.
         if isinstance(message, str):
-            payload: bytes | bytearray = message.encode()
+            payload: bytes | bytearray = str.encode(message)
         elif isinstance(message, (bytes, bytearray)):
             payload = message
         elif isinstance(message, memoryview):
@@ -443,8 +455,10 @@ class Delivery:
             raise TypeError(f"message must be str or bytes-like, not {type(message).__name__}")
         if len(payload) > self._max_message_bytes:
             raise MessageTooBig(len(payload), self._max_message_bytes)
-        if key is not None and not isinstance(key, str):
-            raise TypeError(f"key must be str or None, not {type(key).__name__}")
+        if key is not None and type(key) is not str:
+            if not isinstance(key, str):
+                raise TypeError(f"key must be str or None, not {type(key).__name__}")
+            key = str.__str__(key)
         return self._fanout.message(payload, isinstance(message, str), monotonic_ns(), key)
 
     def _records(self, wanted: Excluded, argument: str) -> list[ConnectionMeta]:
@@ -480,21 +494,29 @@ class Delivery:
             self._schedule()
         if fanout.has_reports:
             self._publish()
-        if fanout.is_over or fanout.queued_bytes - self._kept_bytes > _TURN_BYTES:
+        if fanout.has_waiting:
+            self._begin_to_look()
+        if not self._is_flushing and (fanout.is_over or fanout.queued_bytes - self._kept_bytes > _TURN_BYTES):
             self._make_room()
 
     def _make_room(self) -> None:
-        """Too much is kept. Perhaps it only waits for the end of the turn; if not, those who are slow must give."""
+        """Much is kept. Perhaps it only waits for the end of the turn; if not, those who are slow must give."""
         fanout = self._fanout
-        if self._is_flushing:
-            return
         fanout.end_window()
-        while fanout.in_line:
+        self._flush()
+        while fanout.is_over and fanout.in_line:
             self._flush(is_whole=True)
         if fanout.is_over:
-            fanout.shed(monotonic_ns())
-            self._publish()
-            self._tell_all_rooms()
+            self._shed()
+
+    def _shed(self) -> None:
+        """Take from those for whom most waits. Those who are being closed are not waited for any longer."""
+        fanout = self._fanout
+        for link in fanout.waiting():
+            if not link.is_open and link.record is not None:
+                self._give_up(link.record, True)
+        fanout.shed(monotonic_ns())
+        self._publish()
 
     # ---- flushing
 
@@ -521,7 +543,16 @@ class Delivery:
         """The core's message that a link that waited need not wait any longer."""
         if link.messages:
             self._schedule()
-        self._tell_room(link)
+
+    def _buffered(self, link: Link) -> int:
+        """The core's question how many bytes a transport has."""
+        if link in self._by_library or link.ws is None:
+            return link.in_transport
+        try:
+            return adapter_for(link.ws).buffered(link.ws)
+        except Exception as error:
+            logger.debug("cannot tell what the transport of %r has: %r", link.record, error)
+            return link.in_transport
 
     def _flush(self, is_whole: bool = False) -> None:
         """Send what is in line, for a slice of time or all of it."""
@@ -530,49 +561,55 @@ class Delivery:
             self._flush_handle = None
         fanout, self._is_flushing = self._fanout, True
         try:
-            for link, what, detail in fanout.flush(monotonic_ns(), _FOREVER_NS if is_whole else _SLICE_NS):
-                self._finish(link, what, detail)
+            left = fanout.flush(monotonic_ns(), _FOREVER_NS if is_whole else _SLICE_NS)
+            # First of all what a frame that was begun lacks: whatever else is written now must not come in between.
+            errors = [
+                (link, error)
+                for link, what, data in left
+                if what == REST and (error := self._hand_to_transport(link, data)) is not None
+            ]
+            for link, what, detail in left:
+                if what == FAILED:
+                    errors.append((link, OSError(detail, os.strerror(detail))))
+                elif what == THROUGH and (error := self._write_through(link)) is not None:
+                    errors.append((link, error))
+            for link, error in errors:
+                self._fail(link, error)
         finally:
             self._is_flushing = False
-            self._kept_bytes = fanout.queued_bytes
             if fanout.in_line:
                 self._schedule()
-            self._tell_flushed()
+            else:
+                self._kept_bytes = fanout.queued_bytes
         if fanout.has_reports:
             self._publish()
-        if self._room:
-            self._tell_all_rooms()
-        if self._look is None and fanout.has_waiting:
-            self._look = asyncio.get_running_loop().call_later(self._look_s, self._look_at_waiting)
+        if fanout.has_waiting:
+            self._begin_to_look()
+            if fanout.is_over:
+                self._shed()
 
-    def _tell_flushed(self) -> None:
-        if self._flushed is not None and not self._flushed.done():
-            self._flushed.set_result(None)
-        self._flushed = None
-
-    async def _next_flush(self) -> None:
-        if self._flushed is None:
-            self._flushed = asyncio.get_running_loop().create_future()
-        self._schedule()
-        await asyncio.shield(self._flushed)
-
-    def _finish(self, link: Link, what: int, detail: Any) -> None:
-        """Do for one connection what the core has left to do."""
-        record, ws = link.record, link.ws
-        if record is None:
-            return
+    def _hand_to_transport(self, link: Link, data: bytes | memoryview) -> Exception | None:
+        """Give the rest of a frame to the transport. Returns what went wrong."""
+        ws: Any = link.ws
         try:
             adapter = adapter_for(ws)
-            if what == FAILED:
-                raise OSError(detail, os.strerror(detail))
-            if what == REST:
-                self._wait_for_transport(link, ws, adapter, adapter.write(ws, detail))
-            else:
-                self._write_through(link, ws, adapter)
+            self._wait_for_transport(link, ws, adapter, adapter.write(ws, data))
         except Exception as error:
-            self._fail(link, error)
+            return error
+        return None
 
-    def _write_through(self, link: Link, ws: object, adapter: Adapter) -> None:
+    def _write_through(self, link: Link) -> Exception | None:
+        """Write what waits for a connection to its transport. Returns what went wrong."""
+        ws = link.ws
+        if ws is None:
+            return None
+        try:
+            self._write(link, ws, adapter_for(ws))
+        except Exception as error:
+            return error
+        return None
+
+    def _write(self, link: Link, ws: object, adapter: Adapter) -> None:
         if not adapter.is_open(ws):
             link.close()
             return
@@ -632,9 +669,16 @@ class Delivery:
         logger.debug("sending to %r failed: %r", record.client_id, error)
         if self._events.wants(SendFailed):
             self._events.publish(SendFailed(record, error))
-        adapter_for(ws).abort(ws)
+        try:
+            adapter_for(ws).abort(ws)
+        except Exception:
+            logger.exception("cannot cut off %r", record.client_id)
 
     # ---- slow connections
+
+    def _begin_to_look(self) -> None:
+        if self._look is None:
+            self._look = asyncio.get_running_loop().call_later(self._look_s, self._look_at_waiting)
 
     def _look_at_waiting(self) -> None:
         self._look = None
@@ -642,9 +686,8 @@ class Delivery:
         fanout.wants_reports = self._events.wants(MessagesDropped)
         fanout.expire(monotonic_ns())
         self._publish()
-        self._tell_all_rooms()
         if fanout.has_waiting:
-            self._look = asyncio.get_running_loop().call_later(self._look_s, self._look_at_waiting)
+            self._begin_to_look()
 
     def _publish(self) -> None:
         """Tell what the core has dropped, and disconnect whom it has given up."""
@@ -653,9 +696,9 @@ class Delivery:
         reports = [(link.record, *report) for link, *report in self._fanout.take_reports()]
         given_up = []
         for record, what, cause, messages, nbytes, age_s in reports:
-            if what == _CONFLATED:
+            if what == CONFLATED:
                 events.publish(MessageConflated(record, nbytes, age_s))
-            elif what == _DROPPED:
+            elif what == DROPPED:
                 events.publish(MessagesDropped(record, _CAUSES[cause], messages, nbytes, age_s))
             else:
                 logger.info("%r is too slow: %d bytes waited for %.1f s", record.client_id, nbytes, age_s)
@@ -670,53 +713,49 @@ class Delivery:
         if not link.is_open or link.bytes <= most:
             return
         future = asyncio.get_running_loop().create_future()
-        self._room.setdefault(link, []).append((most, future))
-        await future
+        waiters = self._room.setdefault(link, {})
+        waiters[future] = most
+        link.watch(most)
+        try:
+            await future
+        finally:
+            waiters.pop(future, None)
+            if not waiters and self._room.get(link) is waiters:
+                del self._room[link]
 
     def _tell_room(self, link: Link) -> None:
-        """Wake up those who wait for room, if there is."""
-        waiters = self._room.pop(link, None)
-        if waiters is None:
-            return
-        left = []
-        for most, future in waiters:
-            if link.is_open and link.bytes > most:
-                left.append((most, future))
-            elif not future.done():
+        """The core's message that there is room: wake up those who wait for it."""
+        waiters = self._room.get(link, {})
+        left = [most for most in waiters.values() if link.is_open and link.bytes > most]
+        for future, most in waiters.items():
+            if not (future.done() or (link.is_open and link.bytes > most)):
                 future.set_result(None)
         if left:
-            self._room[link] = left
-
-    def _tell_all_rooms(self) -> None:
-        """After something that may have made room without a word of the transports."""
-        for link in list(self._room):
-            self._tell_room(link)
+            link.watch(max(left))
 
     # ---- the end
 
-    async def drained(self, record: ConnectionMeta, timeout_s: float) -> Undelivered | None:
-        """Wait until nothing waits for a connection; what waits for it in vain, if *timeout_s* passes before."""
-        link = self._fanout.get(record)
-        if link is None:
-            return None
+    async def drained(self, link: Link, timeout_s: float) -> bool:
+        """Wait until nothing waits for a connection, or it is closed; whether that came within *timeout_s*."""
         try:
             async with asyncio.timeout(timeout_s):
                 while link.is_open and link.bytes:
-                    if link.is_waiting:
-                        await self._wait_for_room(link, 0)
-                    else:
+                    if not link.is_waiting:  # it may be for the end of a window
                         self._fanout.end_window()
-                        await self._next_flush()
+                        self._schedule()
+                    await self._wait_for_room(link, 0)
         except TimeoutError:
-            return self.undelivered(record)
-        return None
+            return False
+        return True
 
-    def undelivered(self, record: ConnectionMeta) -> Undelivered | None:
-        """What waits for a connection that is open, if anything does."""
-        link = self._fanout.get(record)
-        if link is None or not link.is_open or not link.bytes:
-            return None
-        return Undelivered(record.client_id, *self.waits_for(record))
+    def unsent(self, link: Link) -> list[int]:
+        """The sizes of the frames that wait for a connection, in their order; what its transport has is one."""
+        in_transport = self.in_transport(link)
+        return [in_transport, *link.sizes()] if in_transport else link.sizes()
+
+    def in_transport(self, link: Link) -> int:
+        """How many bytes the transport of a connection has that is blocked."""
+        return self._buffered(link) if link.is_blocked else 0
 
     def stats(self) -> dict[str, int]:
         """Totals, see ``ConnectionManager.stats``."""
@@ -730,8 +769,8 @@ class Delivery:
             "waiting": stats["waiting"],
             "queued_bytes": stats["queued_bytes"],
             "conflated": stats["conflated"],
-            **{f"dropped_by_{cause}": count for cause, count in zip(_CAUSES, dropped, strict=True)},
-            **{f"too_slow_by_{cause}": count for cause, count in zip(_CAUSES[:3], too_slow, strict=False)},
+            **{f"dropped_by_{cause}": dropped[number] for cause, number in CAUSES.items()},
+            **{f"too_slow_by_{cause}": too_slow[number] for cause, number in CAUSES.items() if cause != "closed"},
         }
 
     def close(self) -> None:
@@ -741,7 +780,6 @@ class Delivery:
                 handle.cancel()
         for task in self._senders:
             task.cancel()
-        self._tell_flushed()
         self._fanout.close()
 
 

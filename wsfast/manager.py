@@ -20,6 +20,7 @@ import secrets
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
+from math import ceil
 from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, TypeVar, Unpack, cast
@@ -414,8 +415,8 @@ class ConnectionManager:
     async def disconnect(self, target: str | ConnectionMeta, code: int = 1000, reason: str = "") -> None:
         """Close a connection with a close frame, and wait until it has ended and is unregistered.
 
-        How long a peer that does not answer is waited for is up to the library's own close timeout. A record that is
-        detached already needs nothing done.
+        A peer that does not answer, or does not even read, is waited for as long as the library's close timeout says,
+        and then cut off. A record that is detached already needs nothing done.
 
         Raises:
             InvalidSetting: *code* or *reason* cannot go into a close frame.
@@ -434,6 +435,8 @@ class ConnectionManager:
         self._delivery.finish(attachment.link)
         try:
             await attachment.adapter.close(attachment.ws, code, reason)
+        except TimeoutError:
+            attachment.cut_off()
         except Exception as error:
             raise PeerFailed(record.client_id, error) from error
         finally:
@@ -575,39 +578,52 @@ class ConnectionManager:
         return CloseReport(connections, cut_off, tuple(undelivered), perf_counter() - started)
 
     async def _send_all_away(self, timeout_s: float, undelivered: list[Undelivered]) -> None:
-        drain = self._drain
-        drained_until = asyncio.get_running_loop().time() + timeout_s / 2
-        attachments = list(self._attachments.values())
-        batches = range(0, len(attachments), drain.batch)
-        pause_s = min(drain.pause_s, timeout_s / 4 / max(1, len(batches)))
-        for start in batches:
-            for attachment in attachments[start : start + drain.batch]:
+        """Close everybody, each when nothing waits for it any more or half of the time is over, at the drain's pace."""
+        drain, attachments = self._drain, list(self._attachments.values())
+        until = asyncio.get_running_loop().time() + timeout_s / 2
+        ready: asyncio.Queue[Attachment] = asyncio.Queue()
+        for attachment in attachments:
+            if attachment.link.bytes:
+                self._run_farewell(self._wait_until_drained(attachment, until, ready))
+            else:
+                ready.put_nowait(attachment)
+        pause_s = min(drain.pause_s, timeout_s / 4 / max(1, ceil(len(attachments) / drain.batch)))
+        left = len(attachments)
+        while left:
+            batch = [await ready.get()]
+            while len(batch) < drain.batch and not ready.empty():
+                batch.append(ready.get_nowait())
+            for attachment in batch:
                 if not attachment.ended:
-                    self._run_farewell(self._drain_and_close(attachment, drained_until, undelivered))
-            await asyncio.sleep(pause_s)
+                    self._run_farewell(self._close_and_report(attachment, undelivered))
+            left -= len(batch)
+            await asyncio.sleep(pause_s * len(batch) / drain.batch)
         if self._attachments:
             self._empty.clear()
             await self._empty.wait()
         if self._farewells:
             await asyncio.wait(self._farewells)
 
-    async def _drain_and_close(self, attachment: Attachment, until: float, undelivered: list[Undelivered]) -> None:
-        timeout_s = max(0.0, until - asyncio.get_running_loop().time())
-        left = await self._delivery.drained(attachment.record, timeout_s)
-        if left is not None:
-            undelivered.append(left)
-        if not attachment.ended:
-            await _close_quietly(attachment, Closed(self._drain.code, self._drain.reason, "us"))
+    async def _wait_until_drained(self, attachment: Attachment, until: float, ready: asyncio.Queue[Attachment]) -> None:
+        await self._delivery.drained(attachment.link, max(0.0, until - asyncio.get_running_loop().time()))
+        ready.put_nowait(attachment)
+
+    async def _close_and_report(self, attachment: Attachment, undelivered: list[Undelivered]) -> None:
+        attachment.unsent = self._delivery.unsent(attachment.link)
+        left = await _close_quietly(attachment, Closed(self._drain.code, self._drain.reason, "us"))
+        undelivered += attachment.undelivered(left)
 
     def _cut_off(self, undelivered: list[Undelivered]) -> int:
         """End at once what is left, and let go of everything. Returns how many were left."""
         left = list(self._attachments.values())
-        reported = {each.client_id for each in undelivered}
         for attachment in left:
-            waits = self._delivery.undelivered(attachment.record)
-            if waits is not None and waits.client_id not in reported:
-                undelivered.append(waits)
-            attachment.adapter.abort(attachment.ws)
+            if attachment.unsent is None:  # its close has not begun
+                attachment.unsent = self._delivery.unsent(attachment.link)
+                nbytes = sum(attachment.unsent)
+                attachment.cut_off()
+            else:
+                nbytes = attachment.cut_off()
+            undelivered += attachment.undelivered(nbytes)
             attachment.end(Closed(self._drain.code, self._drain.reason, "us"))
         for task in self._farewells:
             task.cancel()
@@ -634,9 +650,22 @@ class Attachment:
             that attaches by itself sets it, so that a handler that attaches as well is right.
         record: of the connection, from the start of the block.
         ended: whether it is unregistered.
+        unsent: the sizes of the frames that waited for it when its manager began to close it; None before.
     """
 
-    __slots__ = ("adapter", "client_id", "detach", "ended", "fields", "gives_way", "link", "manager", "record", "ws")
+    __slots__ = (
+        "adapter",
+        "client_id",
+        "detach",
+        "ended",
+        "fields",
+        "gives_way",
+        "link",
+        "manager",
+        "record",
+        "unsent",
+        "ws",
+    )
 
     adapter: Adapter
     link: Link
@@ -650,6 +679,7 @@ class Attachment:
         self.fields = fields
         self.gives_way = False
         self.ended = False
+        self.unsent: list[int] | None = None
 
     async def __aenter__(self) -> Connection:
         return self.manager._admit(self)
@@ -663,6 +693,25 @@ class Attachment:
     def lost(self) -> None:
         """The adapter's message that the connection has ended."""
         self.end(Closed())
+
+    def cut_off(self) -> int:
+        """End the connection at once. Returns how many bytes its transport still had."""
+        left = self.manager._delivery.in_transport(self.link)
+        try:
+            self.adapter.abort(self.ws)
+        except Exception:
+            logger.exception("cannot cut off %r", self.record.client_id)
+        return left
+
+    def undelivered(self, nbytes: int) -> list[Undelivered]:
+        """What was not delivered, if that is the last *nbytes* of what was to be: nothing, or one entry."""
+        unsent = self.unsent or []
+        left = min(nbytes, sum(unsent))
+        messages, nbytes = 0, left
+        while left > 0:
+            messages += 1
+            left -= unsent[-messages]
+        return [Undelivered(self.record.client_id, messages, nbytes)] if messages else []
 
     def last_words(self) -> _LastWords:
         record = self.record
@@ -697,17 +746,22 @@ class Attachment:
             manager._events.publish(ConnectionClosed(record, *closed, duration_s, **last_words))
 
 
-async def _close_quietly(attachment: Attachment, closed: Closed) -> None:
+async def _close_quietly(attachment: Attachment, closed: Closed) -> int:
+    """Close a connection. Returns how many bytes its transport still had if it had to be cut off."""
+    left = 0
     attachment.manager._delivery.finish(attachment.link)
     try:
         await attachment.adapter.close(attachment.ws, closed.code, closed.reason)
     except asyncio.CancelledError:
-        attachment.adapter.abort(attachment.ws)
+        attachment.cut_off()
         raise
+    except TimeoutError:
+        left = attachment.cut_off()
     except Exception as error:
         logger.warning("cannot close %r, cutting it off: %r", attachment.record.client_id, error)
-        attachment.adapter.abort(attachment.ws)
+        left = attachment.cut_off()
     attachment.end(closed)
+    return left
 
 
 def _make_registry(name: str, shards: int, **limits: int) -> Registry:

@@ -280,6 +280,11 @@ def unframed(data: bytes) -> list[tuple[int, bytes]]:
     return frames
 
 
+def link_of(manager: ConnectionManager, conn: Any) -> Any:
+    """What the core knows of a connection."""
+    return manager._delivery._fanout.get(conn)
+
+
 class FakeLink:
     """A connection of a library that exists only here, to bring about what a real one does rarely.
 
@@ -342,7 +347,10 @@ class FakeAdapter:
     def buffered(self, ws: FakeLink) -> int:
         return ws.in_buffer if ws.waiting is not None else 0
 
-    def write(self, ws: FakeLink, data: bytes) -> int:
+    def keeps_views(self, ws: FakeLink) -> bool:
+        return False
+
+    def write(self, ws: FakeLink, data: bytes | memoryview) -> int:
         if ws.raises is not None:
             raise ws.raises
         ws.writes += 1
@@ -361,6 +369,8 @@ class FakeAdapter:
 
     async def close(self, ws: FakeLink, code: int, reason: str) -> None:
         ws.open = False
+        if ws.waiting is not None:
+            raise TimeoutError  # the peer does not read
 
     def abort(self, ws: FakeLink) -> None:
         ws.open = False

@@ -13,7 +13,7 @@ import pytest
 from websockets.asyncio.server import ServerConnection
 
 from tests.conftest import FakeClock
-from tests.server.conftest import FakeLink, RawPeer, Seen, serving, until
+from tests.server.conftest import FakeLink, RawPeer, Seen, link_of, serving, until
 from wsfast import (
     Backpressure,
     ConnectionClosed,
@@ -58,7 +58,7 @@ class Stalled:
 
     @property
     def link(self) -> Any:
-        return self.manager._delivery._fanout.get(self.conn)
+        return link_of(self.manager, self.conn)
 
     @property
     def stats(self) -> dict[str, int]:
@@ -188,13 +188,16 @@ class TestBytes:
             peer.push(*range(2, 11))
             assert (encoded.queued, encoded.dropped, encoded.targets) == (0, 1, 1)
 
-    async def test_a_message_that_is_too_long_for_what_the_transport_has_left_is_dropped(self) -> None:
+    async def test_the_newest_has_its_place_however_long_it_is(self) -> None:
         async with stalled("drop_oldest") as peer:
             peer.push(1, 2)
             result = peer.manager.broadcast_nowait("x" * 950)
-            assert (result.queued, result.dropped, result.displaced) == (0, 1, 2)
-            assert peer.waits == (0, 100)
+            assert (result.queued, result.dropped, result.displaced) == (1, 0, 2)
+            assert peer.waits == (1, 100 + 954)
+            assert peer.push(3)[0].displaced == 1
             assert peer.stats == {"dropped_by_bytes": 3}
+            await peer.drain()
+            assert numbers(peer.ws.got) == [0, 3]
 
     async def test_a_single_message_always_fits_an_empty_outbox(self) -> None:
         for policy in POLICIES:
@@ -214,7 +217,7 @@ class TestBytes:
             assert events == []
             (result,) = peer.push(10)
             assert (result.targets, result.queued, result.dropped, result.disconnected) == (1, 0, 1, 1)
-            assert peer.waits == (0, 0) or peer.link is None
+            assert peer.waits == (0, 100)  # its transport holds on to that until it has gone
             await until(lambda: not peer.ws.open)
             await until(lambda: len(events) == 3)
             slow = next(event for event in events if isinstance(event, ConnectionTooSlow))
@@ -238,14 +241,20 @@ class TestBytes:
 
     @pytest.mark.parametrize("policy", DROPPING)
     async def test_what_waits_is_bounded_whatever_comes(self, policy: str) -> None:
-        """At most max_bytes; or, where it replaces another in its place, one message and what the transport has."""
+        """At most max_bytes, or one message; and what the transport has, where that must leave room for the newest."""
         chance = random.Random(policy)
         async with stalled(policy) as peer:
             for number in range(2000):
                 size = chance.choice((1, 50, 200, 900, 2000))
                 key = chance.choice((None, "a", "b", "c"))
                 peer.manager.broadcast_nowait(bytes(size), key=key)
-                assert peer.waits[1] <= max(MAX_BYTES, (400 + size + 4) * (policy == "conflate"))
+                frame = size + (2 if size < 126 else 4)
+                if policy == "drop_newest":
+                    assert peer.waits[1] <= MAX_BYTES
+                elif policy == "drop_oldest":
+                    assert peer.waits[1] <= MAX_BYTES or peer.waits[1] <= 400 + frame
+                else:
+                    assert sum(peer.link.sizes()) <= max(MAX_BYTES, frame)
                 if number % 37 == 0:
                     await peer.drain(still=chance.randrange(1, 400))
                     if not peer.link.is_blocked:
@@ -299,23 +308,33 @@ class TestConflation:
 
     async def test_beyond_the_limit_the_oldest_are_dropped(self) -> None:
         async with stalled("conflate") as peer:
-            for number in range(1, 10):
-                peer.push(number, key=f"key {number}")
-            assert peer.push(10, key="key 10")[0].displaced == 6
-            assert peer.push(19, key="key 9")[0].displaced == 1
+            for number in range(1, 11):
+                assert peer.push(number, key=f"key {number}")[0].displaced == 0
+            assert peer.push(11, key="key 11")[0].displaced == 6
+            assert peer.push(20, key="key 10")[0].displaced == 1
             await peer.drain()
-            assert numbers(peer.ws.got) == [0, 7, 8, 19, 10]
+            assert numbers(peer.ws.got) == [0, 7, 8, 9, 20, 11]
             assert peer.stats == {"dropped_by_bytes": 6, "conflated": 1}
 
     async def test_a_longer_replacement_makes_its_own_room(self) -> None:
         async with stalled("conflate") as peer:
-            for number in range(1, 10):
+            for number in range(1, 11):
                 peer.push(number, key=f"key {number}")
-            result = peer.manager.broadcast_nowait(f"{99:0296}", key="key 9")  # a frame of 300 bytes
+            result = peer.manager.broadcast_nowait(f"{99:0296}", key="key 10")  # a frame of 300 bytes
             assert (result.queued, result.displaced) == (1, 3)
-            assert peer.waits == (7, 1000)
+            assert peer.waits == (8, 100 + 1000)
             await peer.drain()
-            assert numbers(peer.ws.got) == [0, *range(3, 9), 99]
+            assert numbers(peer.ws.got) == [0, *range(3, 10), 99]
+
+    async def test_a_frame_that_was_begun_takes_no_room_from_the_latest_of_each_key(self) -> None:
+        async with stalled("conflate") as peer:
+            await peer.drain(still=5 * MAX_BYTES)
+            peer.push(1)
+            await until(lambda: peer.link.is_blocked)
+            for number in range(2, 8):
+                peer.push(number, key="ab"[number % 2])
+            await peer.drain()
+            assert numbers(peer.ws.got) == [0, 1, 6, 7]
 
     @pytest.mark.parametrize("keys", [3, 16, 17, 40, 200])
     async def test_any_number_of_keys_with_departures_in_between(
@@ -610,7 +629,7 @@ class TestRealSockets:
             for number in range(self.COUNT):
                 manager.broadcast_nowait(number.to_bytes(4, "big") + bytes(self.SIZE - 4), key=f"key {number % 8}")
                 await asyncio.sleep(0)
-                most = max(most, manager._delivery.waits_for(conn)[1])
+                most = max(most, link_of(manager, conn).bytes)
             reading = asyncio.create_task(everything(peer))
             if policy != "disconnect":
                 if policy == "drop_newest":
@@ -685,7 +704,7 @@ class TestRealSockets:
             (conn,) = manager.registry.values()
             own = asyncio.create_task(conn.conn.send(bytes(2**20)))
             await until(lambda: manager.stats()["waiting"] == 1)
-            assert manager._delivery.waits_for(conn)[1] > 2**19
+            assert link_of(manager, conn).bytes > 2**19
             assert manager.broadcast_nowait("x").dropped == 1
             reading = asyncio.create_task(everything(peer))
             await own

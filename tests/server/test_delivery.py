@@ -468,7 +468,8 @@ class TestSend:
         failures = Seen(manager, SendFailed)
         async with manager.attach(link := FakeLink(None), "a") as conn:
             link.raises = OSError("broken")
-            await conn.send("x")  # the library's own flow control has it
+            with pytest.raises(PeerFailed):
+                await conn.send("x")
             await until(lambda: link.aborted)
             assert failures == [SendFailed(conn, link.raises)]
             assert (conn.errors_out, conn.messages_out) == (1, 0)
@@ -740,10 +741,12 @@ class TestOrder:
         async with manager.attach(link := FakeLink(None), "a") as conn:
             link.gate.clear()
             assert (await manager.broadcast("1")).queued == 1
-            await conn.send("2")
+            sending = asyncio.create_task(conn.send("2"))
             await turns(5)
             assert manager.broadcast_nowait("3").queued == 1
+            assert not sending.done()
             link.gate.set()
+            await sending
             await until(lambda: len(link.got) == 3)
             assert link.got == ["1", "2", "3"]
             await until(lambda: manager.stats()["waiting"] == 0)

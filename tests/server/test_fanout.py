@@ -16,7 +16,17 @@ def nothing(link: Link) -> None:
 
 
 def make_fanout() -> Fanout:
-    return Fanout(nothing, nothing, policy=0, max_bytes=2**20, low_bytes=2**19, max_age_ns=10**9, max_total_bytes=2**24)
+    return Fanout(
+        wake_up=nothing,
+        hand_over=nothing,
+        has_room=nothing,
+        buffered=lambda link: link.in_transport,
+        policy=0,
+        max_bytes=2**20,
+        low_bytes=2**19,
+        max_age_ns=10**9,
+        max_total_bytes=2**24,
+    )
 
 
 @pytest.fixture

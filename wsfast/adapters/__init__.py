@@ -98,8 +98,11 @@ class Adapter(Protocol):
     def buffered(self, ws: Any) -> int:
         """Bytes in the transport's write buffer."""
 
-    def write(self, ws: Any, data: bytes) -> int:
+    def write(self, ws: Any, data: bytes | memoryview) -> int:
         """Hand bytes of frames to the transport without waiting; returns how many bytes are then in its buffer."""
+
+    def keeps_views(self, ws: Any) -> bool:
+        """Whether the transport keeps what ``write`` is given, rather than a copy. Asked once for each connection."""
 
     def when_written(self, ws: Any, link: Link) -> None:
         """Call ``link.writable()`` on the loop's thread once the transport's write buffer is empty; at once if it
@@ -113,7 +116,12 @@ class Adapter(Protocol):
         """Send one message in the library's own way and with its own flow control."""
 
     async def close(self, ws: Any, code: int, reason: str) -> None:
-        """Close with a close frame, and wait until the connection has ended, for as long as the library does."""
+        """Close with a close frame, and wait until the connection has ended.
+
+        Raises:
+            TimeoutError: the peer has not answered, or not even read, in the time that the library's settings give
+                it. The caller cuts it off.
+        """
 
     def abort(self, ws: Any) -> None:
         """End the connection at once, without a close frame."""

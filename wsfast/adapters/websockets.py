@@ -33,12 +33,13 @@ import functools
 import inspect
 import logging
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from websockets.asyncio import server as _library
 from websockets.asyncio.server import Server, ServerConnection
-from websockets.extensions.permessage_deflate import PerMessageDeflate
+from websockets.extensions.permessage_deflate import PerMessageDeflate, ServerPerMessageDeflateFactory
 from websockets.frames import DATA_OPCODES, Frame, Opcode
 from websockets.protocol import OPEN, State
 from websockets.server import ServerProtocol
@@ -68,6 +69,9 @@ Identify = Callable[[ServerConnection], Keywords | Awaitable[Keywords | None] | 
 
 # RFC 6455, 5.5: a control frame has at most 125 bytes, of which the code takes two.
 _MAX_REASON_BYTES = 123
+
+# RFC 7692, 7.1.2.1.
+_MOST_WINDOW_BITS = 15
 
 # What a client may have caused by what it asked for; it is told the text.
 _REFUSALS = (DuplicateConnection, InvalidName, InvalidSetting, LimitExceeded)
@@ -122,7 +126,8 @@ class WebsocketsAdapter:
         if len(extensions) > 1 or type(extensions[0]) is not PerMessageDeflate:
             return None
         deflate = extensions[0]
-        if not deflate.local_no_context_takeover:
+        # Frames of their own for every window that a client may ask for would make each broadcast dearer.
+        if not deflate.local_no_context_takeover or deflate.local_max_window_bits != _window_bits(ws):
             return PLAIN
         bits, settings = deflate.local_max_window_bits, deflate.compress_settings
         return Framing(
@@ -135,13 +140,17 @@ class WebsocketsAdapter:
     def buffered(self, ws: ServerConnection) -> int:
         return ws.transport.get_write_buffer_size()
 
-    def write(self, ws: ServerConnection, data: bytes) -> int:
+    def write(self, ws: ServerConnection, data: bytes | memoryview) -> int:
         ws.transport.write(data)
         return ws.transport.get_write_buffer_size()
+
+    def keeps_views(self, ws: ServerConnection) -> bool:
+        return sys.version_info >= (3, 12) or not type(ws.transport).__module__.startswith("asyncio.")
 
     def when_written(self, ws: ServerConnection, link: Link) -> None:
         _await_empty_buffer(ws)
         if ws.transport.get_write_buffer_size() == 0:
+            _restore_limits(ws)
             link.writable()
         elif not isinstance(ws, _ManagedMixin):
             # Kept alive by the waiter that it adds to the connection.
@@ -154,7 +163,9 @@ class WebsocketsAdapter:
         await ws.send(message)
 
     async def close(self, ws: ServerConnection, code: int, reason: str) -> None:
-        await ws.close(code, reason)
+        # The library waits for the peer to read before its own timeout begins.
+        async with asyncio.timeout(ws.close_timeout):
+            await ws.close(code, reason)
 
     def abort(self, ws: ServerConnection) -> None:
         ws.transport.abort()
@@ -167,6 +178,14 @@ def _deflate(bits: int, settings: Mapping[str, Any], payload: bytes, is_text: bo
     """What the library would send, by the library itself: without context takeover it depends on nothing else."""
     extension = PerMessageDeflate(True, True, bits, bits, dict(settings))
     return bytes(extension.encode(Frame(Opcode.TEXT if is_text else Opcode.BINARY, payload)).data)
+
+
+def _window_bits(ws: ServerConnection) -> int:
+    """The compression window that the server has chosen for itself."""
+    for factory in ws.protocol.available_extensions:
+        if isinstance(factory, ServerPerMessageDeflateFactory):
+            return factory.server_max_window_bits or _MOST_WINDOW_BITS
+    return _MOST_WINDOW_BITS
 
 
 # ---- when a transport has written everything -------------------------------------------------------------------------
