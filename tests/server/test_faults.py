@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -29,6 +29,14 @@ from wsfast import Backpressure, ConnectionClosed, ConnectionManager, SendFailed
 from wsfast.adapters import PLAIN, Framing
 
 KEEP = Backpressure(policy="keep")
+
+
+@pytest.fixture
+async def manager() -> AsyncIterator[ConnectionManager]:
+    """What is tested here is the same with every registry."""
+    async with ConnectionManager() as manager:
+        yield manager
+    assert manager.stats()["event_errors"] == 0
 
 
 class Broken(Exception):
@@ -322,8 +330,8 @@ class TestHalfClosed:
 
     @staticmethod
     @contextlib.asynccontextmanager
-    async def two(manager: ConnectionManager, managed: bool) -> Any:
-        """A peer with small buffers and its record, one without, and the server's end."""
+    async def two(manager: ConnectionManager, managed: bool) -> AsyncIterator[tuple[RawPeer, Any, RawPeer]]:
+        """A peer with small buffers and its record, and one without."""
 
         async def attaching(ws: ServerConnection) -> None:
             async with manager.attach(ws):
@@ -337,9 +345,11 @@ class TestHalfClosed:
             (conn,) = manager.registry.values()
             other = await RawPeer.connect(url)
             await until(lambda: len(manager.registry) == 2)
-            yield half, conn, other
-            half.close()
-            other.close()
+            try:
+                yield half, conn, other
+            finally:  # the server waits for both
+                half.reset()
+                other.reset()
             await until(lambda: len(manager.registry) == 0)
             assert manager.stats()["queued_bytes"] == 0
 
@@ -370,17 +380,20 @@ class TestHalfClosed:
     async def test_before_the_loop_has_seen_it(self, manager: ConnectionManager, managed: bool) -> None:
         async with self.two(manager, managed) as (half, _, other):
             half.sock.shutdown(socket.SHUT_WR)
-            message = manager._delivery._broadcast("x", None, None, None, None, None, None, None)
+            sending = asyncio.create_task(manager.broadcast("x"))
+            await asyncio.sleep(0)
             manager._delivery._flush(is_whole=True)
-            assert (message.targets, message.sent) == (2, 2)
+            result = await sending
+            assert (result.targets, result.sent) == (2, 2)
             assert await half.messages(lambda _: False) == [(1, b"x")]
             assert await other.read(3) == b"\x81\x01x"
 
-    async def test_one_that_does_not_read_either_is_forgotten(self, manager: ConnectionManager, managed: bool) -> None:
-        """What its transport has will never leave, and asyncio waits for that before it says that the connection is
-        lost. The library waits for nothing but asyncio. It must not stay registered for ever."""
+    async def test_one_that_does_not_read_either_is_forgotten(self, managed: bool) -> None:
+        """What its transport has will never leave; asyncio waits for that before it says that the connection is lost,
+        and the library waits for asyncio. It must not stay for ever: at the latest, what waits for it is too old."""
+        manager = ConnectionManager(backpressure=Backpressure(max_age_s=0.3))
         closed = Seen(manager, ConnectionClosed)
-        async with self.two(manager, managed) as (half, conn, other):
+        async with manager, self.two(manager, managed) as (half, conn, other):
             manager.broadcast_nowait(bytes(500_000), to=[conn])
             await until(lambda: conn.conn.transport.get_write_buffer_size())
             half.sock.shutdown(socket.SHUT_WR)
@@ -437,10 +450,14 @@ async def test_what_a_subscriber_writes_by_the_library_lands_inside_no_frame(thr
         manager.on(SendFailed, tell)
         for peer in gone:
             peer.reset()
-        message = bytes(200_000)
-        manager.broadcast_nowait(message, to=conns)
-        manager._delivery._flush(is_whole=True)  # before the loop sees that they are gone
-        await until(lambda: told == failing)
-        for peer in slow:
-            come = await peer.messages(lambda come: len(come) == failing + 1)
-            assert sorted(come, key=lambda each: len(each[1])) == [(2, b"other")] * failing + [(2, message)]
+        try:
+            message = bytes(200_000)
+            manager.broadcast_nowait(message, to=conns)
+            manager._delivery._flush(is_whole=True)  # before the loop sees that they are gone
+            await until(lambda: told == failing)
+            for peer in slow:
+                come = await peer.messages(lambda come: len(come) == failing + 1)
+                assert sorted(come, key=lambda each: len(each[1])) == [(2, b"other")] * failing + [(2, message)]
+        finally:
+            for peer in slow:  # the server waits for them
+                peer.reset()
