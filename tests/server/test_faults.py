@@ -380,11 +380,10 @@ class TestHalfClosed:
     async def test_before_the_loop_has_seen_it(self, manager: ConnectionManager, managed: bool) -> None:
         async with self.two(manager, managed) as (half, _, other):
             half.sock.shutdown(socket.SHUT_WR)
-            sending = asyncio.create_task(manager.broadcast("x"))
-            await asyncio.sleep(0)
+            message = manager._delivery._broadcast("x", None, None, None, None, None, None, None)
             manager._delivery._flush(is_whole=True)
-            result = await sending
-            assert (result.targets, result.sent) == (2, 2)
+            assert (message.targets, message.sent) == (2, 2)
+            del message  # which is kept as long as somebody asks for its outcome
             assert await half.messages(lambda _: False) == [(1, b"x")]
             assert await other.read(3) == b"\x81\x01x"
 
