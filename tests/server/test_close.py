@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import socket
 from typing import Any
@@ -208,3 +209,93 @@ class TestFakes:
         manager = ConnectionManager()
         report = await manager.close()
         assert (report.connections, report.cut_off, report.undelivered) == (0, 0, ())
+
+
+class TestSlow:
+    """Those for whom something waits when the manager closes."""
+
+    @pytest.mark.usefixtures("fake_links")
+    async def test_their_closes_too_begin_at_a_bounded_pace(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The time to drain ends for all of them at once. Their clients come back at the pace of the closes, wherever
+        they connect to then. A slow machine only makes the pace slower."""
+        drain = DrainPolicy(batch=10, pause_s=0.05)
+        begun: list[float] = []
+
+        async def close(_: Any, ws: FakeLink, code: int, reason: str) -> None:
+            begun.append(asyncio.get_running_loop().time())
+            ws.open = False
+
+        monkeypatch.setattr(FakeAdapter, "close", close)
+        manager = ConnectionManager(drain=drain, backpressure=KEEP)
+        await manager.start()
+        for number in range(50):
+            link = FakeLink()
+            link.in_buffer = 10
+            await manager.attach(link, str(number)).__aenter__()
+        await manager.broadcast("x")
+        closing = asyncio.create_task(manager.close(timeout_s=1.6))  # of which a half is for what waits
+        counts = [0]
+        while not closing.done():
+            await asyncio.sleep(0)
+            counts.append(len(begun))
+        report = await closing
+        assert (report.connections, report.cut_off, len(begun)) == (50, 0, 50)
+        assert len(report.undelivered) == 50
+        assert max(after - before for before, after in itertools.pairwise(counts)) <= drain.batch
+        # Four pauses; three, since the first may have begun long before what it follows.
+        assert begun[-1] - begun[0] >= 3 * drain.pause_s
+
+    @pytest.mark.parametrize("managed", [True, False], ids=["managed", "the library's own"])
+    async def test_what_is_delivered_after_the_close_has_begun_is_not_reported(self, managed: bool) -> None:
+        """What waits when the time to drain is over goes to the transport, before the close frame. A peer that reads
+        on in the other half of the time gets it."""
+        manager = ConnectionManager(backpressure=KEEP)
+
+        async def attaching(ws: ServerConnection) -> None:
+            async with manager.attach(ws):
+                await park(ws)
+
+        await manager.start()
+        options: dict[str, Any] = {"compression": None, "ping_interval": None, "close_timeout": 5}
+        async with serving(park if managed else attaching, manager if managed else None, **options) as url:
+            peer, conn = await slow_peer(url, manager)
+            ws = conn.conn
+            for number in range(40):
+                manager.broadcast_nowait(number.to_bytes(1, "big") * 4096)
+                await asyncio.sleep(0)
+            closing = asyncio.create_task(manager.close(timeout_s=2))
+            try:
+                await until(lambda: ws.protocol.close_sent is not None)
+                assert not closing.done()
+                come = await peer.messages(lambda come: come and come[-1][0] == 8)
+                assert come == [*((2, number.to_bytes(1, "big") * 4096) for number in range(40)), GOING_AWAY]
+                await peer.send(masked(8, (1001).to_bytes(2, "big")))
+                peer.sock.shutdown(socket.SHUT_WR)
+                report = await closing
+                assert (report.connections, report.cut_off, report.undelivered) == (1, 0, ())
+            finally:
+                peer.reset()
+
+    async def test_what_is_delivered_in_part_is_reported_in_part(self) -> None:
+        """A peer may read some of it after its close has begun, and then no more. What its transport has let go of has
+        left, and is not among the bytes. How many messages that is, transports do not tell: only that some are left."""
+        manager = ConnectionManager(backpressure=KEEP)
+        await manager.start()
+        options: dict[str, Any] = {"compression": None, "ping_interval": None, "close_timeout": 5}
+        async with serving(park, manager, **options) as url:
+            peer, conn = await slow_peer(url, manager)
+            ws = conn.conn
+            for number in range(50):
+                manager.broadcast_nowait(number.to_bytes(1, "big") * 20_000)
+                await asyncio.sleep(0)
+            closing = asyncio.create_task(manager.close(timeout_s=1.6))
+            try:
+                await until(lambda: ws.protocol.close_sent is not None)
+                come = await peer.messages(lambda come: len(come) >= 30)
+                left = len(come)
+                (undelivered,) = (await closing).undelivered
+                assert undelivered.client_id == conn.client_id
+                assert undelivered.messages > 0
+                assert 0 < undelivered.nbytes <= 20_004 * (50 - left) + len(GOING_AWAY[1]) + 2
+            finally:
+                peer.reset()
