@@ -3,6 +3,10 @@
 The model of a connection is two lists: what wsfast was told to send to it, and what the library was. What a strict peer
 sees must be an interleaving of the two, each in its order: all of it where nothing is dropped; where messages are, what
 is left out must be in the counters, and what is replaced is replaced by a newer message with its key, in its place.
+
+Groups are joined and left, and connections end in the middle, from either side, and others take their places. What a
+peer sees of a connection that has ended is the beginning of what it would have seen; and where the server's side ended
+it in order, and nothing is dropped, all that was sent before that.
 """
 
 from __future__ import annotations
@@ -49,6 +53,9 @@ operations = st.one_of(
     ),
     st.tuples(st.just("own send"), peers, sizes),
     st.tuples(st.just("own fragments"), peers, st.integers(1, 4)),
+    st.tuples(st.sampled_from(["join", "leave"]), peers, st.sampled_from(["g", "h"])),
+    st.tuples(st.sampled_from(["disconnect", "return", "peer closes", "peer resets"]), peers),
+    st.tuples(st.just("connect"), peers),
     st.tuples(st.just("stop reading"), peers),
     st.tuples(st.just("read"), peers),
     st.tuples(st.just("turns"), st.integers(1, 20)),
@@ -68,6 +75,22 @@ class Side:
     own: list[bytes] = field(default_factory=list)
     come: list[tuple[int, bytes]] = field(default_factory=list)
     is_reading: asyncio.Event = field(default_factory=asyncio.Event)
+    groups: set[str] = field(default_factory=set)
+    # How it was ended before everybody was, if it was; and how much of ours must have come nevertheless.
+    ended: str | None = None
+    due: int = 0
+    handler_may_return: asyncio.Event = field(default_factory=asyncio.Event)
+    reader: asyncio.Task[None] | None = None
+
+    @property
+    def is_registered(self) -> bool:
+        return self.conn.registry is not None
+
+    def note_due(self) -> None:
+        """What has been sent until now leaves before the close frame. The library closes in a message's middle, so
+        then it does not."""
+        if not self.ws.protocol.expect_continuation_frame and self.ws.protocol.state is OPEN:
+            self.due = len(self.ours)
 
     async def read(self) -> None:
         """Read as long as it is allowed to; end with the connection."""
@@ -79,7 +102,9 @@ class Side:
                 return
             self.come += parser.feed(data)
             if parser.closed:
-                await loop.sock_sendall(self.peer.sock, masked(8, self.come[-1][1][:2]))
+                if self.ended != "peer closes":
+                    await loop.sock_sendall(self.peer.sock, masked(8, self.come[-1][1][:2]))
+                self.peer.sock.shutdown(socket.SHUT_WR)
                 return
 
 
@@ -89,7 +114,10 @@ class World:
     def __init__(self, manager: ConnectionManager, policy: str) -> None:
         self.manager = manager
         self.policy = policy
+        self.url = ""
+        # Those who are in the places now, and all there have been, by client id.
         self.sides: list[Side] = []
+        self.all: dict[str, Side] = {}
         self.tasks: list[asyncio.Task[Any]] = []
         self.number = 0
 
@@ -109,14 +137,82 @@ class World:
             "broadcast_nowait": self.broadcast_nowait,
             "own send": self.own_send,
             "own fragments": self.own_fragments,
+            "join": lambda side, group: self.join(self.sides[side], group),
+            "leave": lambda side, group: self.leave(self.sides[side], group),
+            "disconnect": self.disconnect,
+            "return": self.let_handler_return,
+            "peer closes": self.peer_closes,
+            "peer resets": self.peer_resets,
             "stop reading": lambda side: self.sides[side].is_reading.clear(),
             "read": lambda side: self.sides[side].is_reading.set(),
         }
         if kind == "turns":
             for _ in range(arguments[0]):
                 await asyncio.sleep(0)
+        elif kind == "connect":
+            if self.sides[arguments[0]].ended is not None:
+                await self.connect(arguments[0])
         else:
             method[kind](*arguments)
+
+    async def connect(self, number: int) -> None:
+        """Another peer takes this place."""
+        client_id = f"{number}.{len(self.all)}"
+        peer = await RawPeer.connect(self.url, "/" + client_id, receive_buffer=4096)
+        await until(lambda: client_id in self.manager.registry)
+        conn: Any = self.manager.registry[client_id]
+        side = Side(peer, conn, conn.conn, groups=set(GROUPS[number]))
+        side.is_reading.set()
+        side.reader = asyncio.create_task(side.read())
+        self.all[client_id] = side
+        self.sides[number : number + 1] = [side]
+
+    def join(self, side: Side, group: str) -> None:
+        if side.is_registered:
+            side.conn.join(group)
+            side.groups.add(group)
+
+    def leave(self, side: Side, group: str) -> None:
+        if side.is_registered:
+            side.conn.leave(group)
+            side.groups.discard(group)
+
+    # ---- ends
+
+    def disconnect(self, number: int) -> None:
+        async def disconnect() -> None:
+            if side.is_registered:
+                side.note_due()
+                await self.manager.disconnect(side.conn, 4000)
+
+        side = self.sides[number]
+        if side.ended is None:
+            side.ended = "disconnect"
+            self.start(disconnect())
+
+    def let_handler_return(self, number: int) -> None:
+        side = self.sides[number]
+        if side.ended is None:
+            side.ended = "return"
+            side.handler_may_return.set()
+
+    def peer_closes(self, number: int) -> None:
+        side = self.sides[number]
+        if side.ended is None:
+            side.ended = "peer closes"
+            self.start(side.peer.send(masked(8, (4001).to_bytes(2, "big"))))
+
+    def peer_resets(self, number: int) -> None:
+        async def reset() -> None:
+            assert side.reader is not None
+            side.reader.cancel()
+            await asyncio.gather(side.reader, return_exceptions=True)
+            side.peer.reset()
+
+        side = self.sides[number]
+        if side.ended is None:
+            side.ended = "peer resets"
+            self.start(reset())
 
     def to(self, message: bytes, key: str | None, sides: list[Side]) -> None:
         for side in sides:
@@ -127,7 +223,8 @@ class World:
     def send(self, number: int, size: int, key: str | None) -> None:
         async def send() -> None:
             side, message = self.sides[number], self.message(size)
-            self.to(message, key, [side])
+            if side.is_registered:
+                self.to(message, key, [side])
             await self.manager.send(side.conn, message, key=key)
 
         self.start(send())
@@ -135,16 +232,18 @@ class World:
     def send_by_verb(self, number: int, size: int, key: str | None) -> None:
         async def send() -> None:
             side, message = self.sides[number], self.message(size)
-            self.to(message, key, [side])
+            if side.is_registered:
+                self.to(message, key, [side])
             await side.conn.send(message, key=key)
 
         self.start(send())
 
     def targets(self, group: str | None, excluded: int | None) -> list[Side]:
+        but = None if excluded is None else self.sides[excluded]
         return [
             side
-            for number, side in enumerate(self.sides)
-            if number != excluded and (group is None or group in GROUPS[number])
+            for side in self.all.values()
+            if side is not but and side.is_registered and (group is None or group in side.groups)
         ]
 
     def broadcast(
@@ -170,9 +269,13 @@ class World:
 
     def check_result(self, result: Any, targets: int) -> None:
         assert result.sent + result.queued + result.dropped + result.failed == result.targets
-        if self.policy != "disconnect":
-            assert result.targets == targets
+        assert result.targets == targets
+        if self.policy != "disconnect" and not self.anybody_ended:
             assert result.failed == 0
+
+    @property
+    def anybody_ended(self) -> bool:
+        return any(side.ended for side in self.all.values())
 
     def own_send(self, number: int, size: int) -> None:
         async def send() -> None:
@@ -203,7 +306,7 @@ class World:
 
     async def settle(self) -> None:
         """Let everybody read, and wait until nothing is under way."""
-        for side in self.sides:
+        for side in self.all.values():
             side.is_reading.set()
         async with asyncio.timeout(DEADLINE_S):
             outcomes = await asyncio.gather(*self.tasks, return_exceptions=True)
@@ -211,19 +314,42 @@ class World:
             "keep": (),
             "disconnect": (PeerTooSlow, PeerClosed, PeerFailed),
         }.get(self.policy, (PeerTooSlow,))
+        if self.anybody_ended:
+            allowed = (*allowed, PeerClosed, PeerFailed)
+        may_end = self.policy == "disconnect" or self.anybody_ended
         for outcome in outcomes:
             if isinstance(outcome, BaseException) and not isinstance(outcome, allowed):
-                # The library's own send may find its connection closed as well.
-                assert self.policy == "disconnect" and type(outcome).__name__.startswith("ConnectionClosed"), outcome
+                # The library's own send may find its connection closed as well, and so may a peer.
+                name = type(outcome).__name__
+                assert may_end and name.startswith(("ConnectionClosed", "ConnectionReset", "BrokenPipe")), outcome
 
     def check(self) -> None:
         stats = self.manager.stats()
-        missing = sum(self.check_side(side) for side in self.sides)
+        missing = sum(self.check_side(side) for side in self.all.values() if side.ended is None)
+        for side in self.all.values():
+            if side.ended is not None:
+                self.check_ended(side)
+                event(f"{self.policy}: {side.ended}")
         if self.policy == "keep":
             assert missing == 0
         elif self.policy != "disconnect":
-            assert missing == stats["conflated"] + stats["dropped_by_bytes"]
+            dropped = stats["conflated"] + stats["dropped_by_bytes"]
+            assert missing <= dropped if self.anybody_ended else missing == dropped
         event(f"{self.policy}: {'some' if missing else 'none'} missing")
+
+    def check_ended(self, side: Side) -> None:
+        """Check what has come on a connection that was ended in the middle."""
+        data = [payload for opcode, payload in side.come if opcode < 8]
+        assert all(opcode in (2, 8) for opcode, _ in side.come)
+        mine = [payload for payload in data if not payload.startswith(b"own ")]
+        own = [payload for payload in data if payload.startswith(b"own ")]
+        assert len(set(own)) == len(own) and set(own) <= set(side.own)
+        if self.policy in ("keep", "disconnect"):
+            assert mine == [message for message, _ in side.ours][: len(mine)]
+        else:
+            self.check_subsequence(side, mine)
+        if self.policy == "keep":
+            assert len(mine) >= side.due, (side.ended, len(mine), side.due)
 
     def check_side(self, side: Side) -> int:
         """Check what has come against what was sent; how many messages of ours are missing."""
@@ -246,6 +372,7 @@ class World:
         if self.policy == "keep":
             assert mine == [message for message, _ in side.ours]
             return
+        assert set(mine) <= {message for message, _ in side.ours}
         places = {message: place for place, (message, _) in enumerate(side.ours)}
         seen = [places[message] for message in mine]
         assert len(set(seen)) == len(seen), "a message came twice"
@@ -271,24 +398,27 @@ async def run_program(policy: str, program: list[Any]) -> None:
     async def handler(ws: ServerConnection) -> None:
         assert ws.request is not None
         ws.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        number = int(ws.request.path[1:])
-        async with manager.attach(ws, str(number), groups=GROUPS[number]):
-            await ws.wait_closed()
+        client_id = ws.request.path[1:]
+        async with manager.attach(ws, client_id, groups=GROUPS[int(client_id[0])]):
+            closed = asyncio.ensure_future(ws.wait_closed())
+            while client_id not in world.all:
+                await asyncio.sleep(0)
+            side = world.all[client_id]
+            returning = asyncio.ensure_future(side.handler_may_return.wait())
+            await asyncio.wait((closed, returning), return_when=asyncio.FIRST_COMPLETED)
+            if side.ended == "return":
+                side.note_due()  # and nothing comes between this and the end of the block
+        closed.cancel()
+        returning.cancel()
 
     manager = ConnectionManager(backpressure=backpressure, threads=2)
-    options: dict[str, Any] = {"compression": None, "ping_interval": None, "close_timeout": 0.1}
+    world = World(manager, policy)
+    options: dict[str, Any] = {"compression": None, "ping_interval": None, "close_timeout": DEADLINE_S}
     async with serving(handler, manager, attach=False, **options) as url:
         await manager.start()
-        world = World(manager, policy)
-        readers = []
+        world.url = url
         for number in range(COUNT):
-            peer = await RawPeer.connect(url, f"/{number}", receive_buffer=4096)
-            await until(lambda number=number: str(number) in manager.registry)  # type: ignore[misc]
-            conn = manager.registry[str(number)]
-            side = Side(peer, conn, conn.conn)
-            side.is_reading.set()
-            world.sides.append(side)
-            readers.append(asyncio.create_task(side.read()))
+            await world.connect(number)
         try:
             for operation in program:
                 await world.run(operation)
@@ -297,13 +427,13 @@ async def run_program(policy: str, program: list[Any]) -> None:
             report = await manager.close(timeout_s=DEADLINE_S)
             assert report.undelivered == ()
             async with asyncio.timeout(DEADLINE_S):
-                await asyncio.gather(*readers)
+                await asyncio.gather(*(side.reader for side in world.all.values() if side.ended != "peer resets"))
         finally:
             await manager.close(timeout_s=0)
-            for reader in readers:
-                reader.cancel()
-            await asyncio.gather(*readers, return_exceptions=True)
-            for side in world.sides:
+            for side in world.all.values():
+                assert side.reader is not None
+                side.reader.cancel()
+                await asyncio.gather(side.reader, return_exceptions=True)
                 side.peer.close()
         world.check()
 
