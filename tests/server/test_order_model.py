@@ -23,6 +23,7 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from websockets.asyncio.server import ServerConnection
+from websockets.protocol import OPEN
 
 from tests.server.conftest import DEADLINE_S, RawPeer, StrictParser, masked, serving, until
 from wsfast import Backpressure, ConnectionManager, PeerClosed, PeerFailed, PeerTooSlow
