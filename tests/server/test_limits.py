@@ -1,5 +1,5 @@
-"""The bounds of what is kept, on real sockets: of time for peers that never read, of memory for what transports hold, of
-work for many who send at once; and keys that are no plain strings.
+"""The bounds of what is kept, on real sockets: of time for peers that never read, of memory for what transports hold,
+of work for many who send at once; and keys that are no plain strings.
 """
 
 from __future__ import annotations
@@ -393,7 +393,7 @@ async def test_who_sends_is_woken_a_few_times_however_many_send(count: int, monk
 # ---- keys ----------------------------------------------------------------------------------------------------------
 
 
-class Topic(str, enum.Enum):
+class Topic(str, enum.Enum):  # noqa: UP042  # as programs have it that are older than StrEnum
     PRICE = "price"
 
 

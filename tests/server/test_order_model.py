@@ -324,19 +324,19 @@ class World:
                 name = type(outcome).__name__
                 assert may_end and name.startswith(("ConnectionClosed", "ConnectionReset", "BrokenPipe")), outcome
 
-    def check(self) -> None:
+    def check(self) -> list[str]:
+        """Check what everybody has seen; what of it is worth being counted."""
         stats = self.manager.stats()
         missing = sum(self.check_side(side) for side in self.all.values() if side.ended is None)
         for side in self.all.values():
             if side.ended is not None:
                 self.check_ended(side)
-                event(f"{self.policy}: {side.ended}")
         if self.policy == "keep":
             assert missing == 0
         elif self.policy != "disconnect":
             dropped = stats["conflated"] + stats["dropped_by_bytes"]
             assert missing <= dropped if self.anybody_ended else missing == dropped
-        event(f"{self.policy}: {'some' if missing else 'none'} missing")
+        return [f"{'some' if missing else 'none'} missing", *(side.ended for side in self.all.values() if side.ended)]
 
     def check_ended(self, side: Side) -> None:
         """Check what has come on a connection that was ended in the middle."""
@@ -393,7 +393,7 @@ class World:
                 assert key is not None and set(older) - set(seen), (at, seen)
 
 
-async def run_program(policy: str, program: list[Any]) -> None:
+async def run_program(policy: str, program: list[Any]) -> list[str]:
     backpressure = Backpressure(policy=policy, max_bytes=100_000)  # type: ignore[arg-type]
 
     async def handler(ws: ServerConnection) -> None:
@@ -402,8 +402,7 @@ async def run_program(policy: str, program: list[Any]) -> None:
         client_id = ws.request.path[1:]
         async with manager.attach(ws, client_id, groups=GROUPS[int(client_id[0])]):
             closed = asyncio.ensure_future(ws.wait_closed())
-            while client_id not in world.all:
-                await asyncio.sleep(0)
+            await until(lambda: client_id in world.all)
             side = world.all[client_id]
             returning = asyncio.ensure_future(side.handler_may_return.wait())
             await asyncio.wait((closed, returning), return_when=asyncio.FIRST_COMPLETED)
@@ -436,7 +435,7 @@ async def run_program(policy: str, program: list[Any]) -> None:
                 side.reader.cancel()
                 await asyncio.gather(side.reader, return_exceptions=True)
                 side.peer.close()
-        world.check()
+        return world.check()
 
 
 @pytest.mark.parametrize("policy", ["keep", "drop_newest", "drop_oldest", "conflate", "disconnect"])
@@ -445,5 +444,25 @@ async def run_program(policy: str, program: list[Any]) -> None:
 @settings(suppress_health_check=list(HealthCheck), max_examples=settings.default.max_examples // 16)
 def test_every_peer_sees_what_the_model_says(loop: str, policy: str, data: st.DataObject) -> None:
     program = data.draw(programs)
+    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+        for seen in runner.run(run_program(policy, program)):
+            event(f"{policy}: {seen}")
+
+
+@pytest.mark.parametrize("policy", ["keep", "conflate", "disconnect"])
+@pytest.mark.parametrize("end", ["disconnect", "return", "peer closes", "peer resets"])
+@pytest.mark.parametrize("is_slow", [True, False], ids=["slow", "keeping up"])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_every_way_to_end_with_messages_on_their_way(loop: str, is_slow: bool, end: str, policy: str) -> None:
+    """What the random programs do rarely: an end that finds messages in the outbox, and more that come after it."""
+    push = ("broadcast_nowait", None, None, 30_000, None, None)
+    window = ("broadcast_nowait", None, None, 10, None, 60_000)
+    program: list[Any] = [
+        *([("stop reading", 0)] if is_slow else []),
+        *[push, push, ("turns", 3), push, ("own send", 0, 10), window, ("broadcast", "g", None, 10, "a", None)],
+        *[(end, 0), push, ("turns", 1), push, ("conn.send", 0, 10, None), ("leave", 1, "g"), ("turns", 3)],
+        *[("read", 0), push, ("turns", 20), ("connect", 0), push, ("join", 0, "h"), ("leave", 0, "g")],
+        *[("broadcast", "h", 1, 10, None, None), ("broadcast", "g", None, 10, None, None), ("turns", 3)],
+    ]
     with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
         runner.run(run_program(policy, program))
