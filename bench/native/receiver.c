@@ -94,8 +94,9 @@ static void shake_hands(int fd, const char *host, int port)
 static int dial(const char *host, int port, int number)
 {
     struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port)};
-    /* Many connections need more source addresses than one has ports. */
-    struct sockaddr_in from = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(0x7F000002u + (uint32_t)number / 20000)};
+    /* Many connections need more source addresses than one has ports: each server's clients have some of their own. */
+    uint32_t source = 0x7F010000u + (uint32_t)port * 4 + (uint32_t)number / 20000;
+    struct sockaddr_in from = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(source)};
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), one = 1;
     inet_pton(AF_INET, host, &to.sin_addr);
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
