@@ -10,66 +10,33 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from bench.harness import Benchmark, Report, Samples, figure
-from bench.wire import Receivers, Rig, Server
-
-FLOOR_1, FLOOR_2 = "C floor, 1 thread", "C floor, 2 threads"
-WSFAST_1, WSFAST_2 = "wsfast, 1 thread", "wsfast, 2 threads"
-BROADCAST, PICOWS = "websockets.broadcast", "picows in a loop"
-SIZE = 128
-
-
-@dataclass(frozen=True)
-class Way:
-    """One alternative: which server it is asked of, and how."""
-
-    server: str
-    method: str
-    arguments: dict[str, int]
-
-
-WAYS = {
-    FLOOR_1: Way("wsfast", "floor", {"threads": 1}),
-    FLOOR_2: Way("wsfast", "floor", {"threads": 2}),
-    BROADCAST: Way("wsfast", "broadcast", {}),
-    PICOWS: Way("picows", "picows", {}),
-    WSFAST_1: Way("wsfast", "wsfast", {"threads": 1}),
-    WSFAST_2: Way("wsfast", "wsfast", {"threads": 2}),
-}
+from bench.ways import BROADCAST, FLOOR_1, FLOOR_2, ROWS, SIZE, WSFAST_1, WSFAST_2, Servers
+from bench.wire import Rig
 
 
 def measure(
     rig: Rig, connections: int, messages: int, repetitions: int, loop: str = "asyncio"
 ) -> tuple[Samples, Samples]:
     """Microseconds of a connection in all, and of the call alone, of each way."""
-    servers: dict[str, tuple[Server, Receivers]] = {"wsfast": rig.start("wsfast", connections, loop=loop)}
-    if importlib.util.find_spec("picows") is not None:
-        servers["picows"] = rig.start("picows", connections, loop=loop)
-    ways = {name: way for name, way in WAYS.items() if way.server in servers}
+    servers = Servers(rig, connections, loop=loop)
     whole, call = Samples(), Samples()
-    names = list(ways)
+    names = servers.names
     for repetition in range(-1, repetitions):  # the first one is not counted
         first = repetition % len(names)
         for name in names[first:] + names[:first]:
-            way = ways[name]
-            server, receivers = servers[way.server]
-            receivers.expect(messages, messages * SIZE)
-            begin_ns, call_s = server.call("clocked", way=way.method, size=SIZE, messages=messages, **way.arguments)
-            done_ns = receivers.done_ns()
+            whole_us, call_us = servers.clocked(name, messages)
             if repetition >= 0:
-                whole.add(name, (done_ns - begin_ns) / 1e3 / connections)
-                call.add(name, call_s * 1e6 / connections)
-    for server, receivers in servers.values():
-        receivers.close()
-        server.close()
+                whole.add(name, whole_us)
+                call.add(name, call_us)
+    servers.close()
     return whole, call
 
 
 def show(report: Report, title: str, whole: Samples, call: Samples, connections: int, messages: int) -> None:
     rows = []
-    for name in WAYS:
+    for name in ROWS:
         if name not in whole:
             rows.append([name, *["-"] * 4])
             continue

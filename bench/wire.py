@@ -56,7 +56,7 @@ class _Process:
 
     def read(self) -> str:
         assert self._process.stdout is not None
-        line = self._process.stdout.readline().rstrip("\n")
+        line: str = self._process.stdout.readline().rstrip("\n")
         if not line or line.startswith("error"):
             raise Broken(line or f"process {self._process.args!r} ended: {self._process.wait()}")
         return line
@@ -156,8 +156,22 @@ class Rig:
 
 
 def rss(pid: int) -> int:
-    """Bytes of memory of a process."""
+    """Bytes of memory of a process, now."""
+    return _memory(pid, "VmRSS")
+
+
+def peak_rss(pid: int) -> int:
+    """The most bytes of memory that a process had since :func:`forget_peak`."""
+    return _memory(pid, "VmHWM")
+
+
+def forget_peak(pid: int) -> None:
+    """From now on, the peak counts (proc_pid_clear_refs(5))."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def _memory(pid: int, what: str) -> int:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
+        if line.startswith(what):
             return int(line.split()[1]) * 1024
     raise Broken(f"process {pid} has ended")

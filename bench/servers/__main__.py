@@ -2,8 +2,8 @@
 standard input; see :mod:`bench.wire`.
 
 ``wsfast``: the ``websockets`` library's server with a wsfast manager. On the same live connections it also runs the
-floor and ``websockets.broadcast``, so that these differ in nothing but the way of sending. ``picows``: a server of
-that library.
+floor, ``websockets.broadcast`` and a plain loop, so that these differ in nothing but the way of sending. ``picows``: a
+server of that library.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 from websockets.asyncio.server import ServerConnection, broadcast
 
-from wsfast import Backpressure, ConnectionManager
+from wsfast import Backpressure, ConnectionManager, ConnectionStatus
 from wsfast.adapters.websockets import serve
 
 
@@ -35,19 +35,90 @@ def _frame(payload: bytes) -> bytes:
     return b"\x81\x7e" + len(payload).to_bytes(2, "big") + payload
 
 
-class WsfastServer:
+class _Server:
+    """What a server is told to do with its ways to send.
+
+    A way is a method that sends so many messages to everybody in one turn of the loop. It returns the seconds that its
+    caller waits, and raises unless all connections that read have it, or will.
+    """
+
+    def __init__(self, buffer: int) -> None:
+        self._buffer = buffer
+        self._connections: list[Any] = []
+        # The first so many connections do not read.
+        self._stopped = 0
+
+    def _add(self, connection: Any, transport: asyncio.BaseTransport) -> None:
+        self._connections.append(connection)
+        if self._buffer:
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._buffer)
+
+    def _in_transport(self, connection: Any) -> int:
+        """Bytes that wait in the transport of a connection."""
+        raise NotImplementedError
+
+    def _kept(self) -> dict[str, int]:
+        """Bytes that are kept for the connections that do not read, by where they are."""
+        return {"in_transports": sum(map(self._in_transport, self._connections[: self._stopped]))}
+
+    async def wait_for(self, connections: int) -> None:
+        while len(self._connections) < connections:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+    async def clocked(self, way: str, **arguments: Any) -> tuple[int, float]:
+        """A way with the garbage collector off: the monotonic time of its begin, and what it returns."""
+        gc.collect()
+        gc.disable()
+        try:
+            await asyncio.sleep(0.02)  # let the machine come to rest
+            begin_ns = time.monotonic_ns()
+            return begin_ns, await getattr(self, way)(**arguments)
+        finally:
+            gc.enable()
+
+    async def stall(self, way: str, seconds: int, **arguments: Any) -> list[float]:
+        """Delays in seconds of a timer of 1 ms, while every connection gets a message each second."""
+        delays = []
+        loop = asyncio.get_running_loop()
+        begin = loop.time()
+
+        async def send_each_second() -> None:
+            for second in range(seconds):
+                await asyncio.sleep(max(0.0, begin + second - loop.time()))
+                await getattr(self, way)(messages=1, **arguments)
+
+        sender = asyncio.create_task(send_each_second())
+        while not sender.done():
+            due = loop.time() + 0.001
+            await asyncio.sleep(0.001)
+            delays.append(max(0.0, loop.time() - due))
+        await sender
+        return delays
+
+    async def stream(self, way: str, messages: int, pause_s: float, stopped: int, **arguments: Any) -> dict[str, int]:
+        """So many messages, one after the other, while the first connections have *stopped* reading: the monotonic
+        time of the begin, and the most that was kept at any time between two of them.
+        """
+        self._stopped = stopped
+        most = self._kept()
+        begin_ns = time.monotonic_ns()
+        for _ in range(messages):
+            await getattr(self, way)(messages=1, **arguments)
+            most = {name: max(most[name], size) for name, size in self._kept().items()}
+            await asyncio.sleep(pause_s)
+        return {"begin_ns": begin_ns, **most}
+
+
+class WsfastServer(_Server):
     """``websockets`` with a manager."""
 
-    def __init__(
-        self, floor: str, threads: int = 2, backpressure: dict[str, Any] | None = None, buffer: int = 0
-    ) -> None:
-        self._buffer = buffer
+    def __init__(self, floor: str, backpressure: dict[str, Any] | None = None, buffer: int = 0) -> None:
+        super().__init__(buffer)
         self._floor = ctypes.CDLL(floor).floor_send
         self._floor.restype = ctypes.c_long
         self._floor.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int]
-        self.manager = ConnectionManager(threads=threads, backpressure=Backpressure(**(backpressure or {})))
-        self._connections: list[ServerConnection] = []
         self._fds: Any = None
+        self.manager = ConnectionManager(backpressure=Backpressure(**(backpressure or {})))
 
     async def start(self) -> int:
         await self.manager.start()
@@ -57,27 +128,52 @@ class WsfastServer:
         return int(next(iter(server.sockets)).getsockname()[1])
 
     async def _handle(self, ws: ServerConnection) -> None:
-        self._connections.append(ws)
-        if self._buffer:
-            sock = ws.transport.get_extra_info("socket")
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._buffer)
+        self._add(ws, ws.transport)
         await ws.wait_closed()
 
     async def wait_for(self, connections: int) -> None:
-        while len(self._connections) < connections:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+        await super().wait_for(connections)
         fds = [ws.transport.get_extra_info("socket").fileno() for ws in self._connections]
         self._fds = (ctypes.c_int * len(fds))(*fds)
 
-    # ---- one fan-out each; seconds that the caller of it waits
+    def _in_transport(self, connection: ServerConnection) -> int:
+        return connection.transport.get_write_buffer_size()
+
+    def _kept(self) -> dict[str, int]:
+        """The manager says what it keeps: all but what waits in transports of connections that it has given up."""
+        queued = self.manager.stats()["queued_bytes"]
+        given_up = [ws for ws in self._connections[: self._stopped] if ws.wsfast.status != ConnectionStatus.ONLINE]
+        return super()._kept() | {"queued": queued, "kept": queued + sum(map(self._in_transport, given_up))}
+
+    async def stats(self) -> dict[str, int]:
+        return self.manager.stats()
+
+    # ---- ways to send
 
     async def floor(self, size: int, messages: int, threads: int) -> float:
         data = _frame(b"x" * size) * messages
-        count = len(self._connections)
+        reading = len(self._connections) - self._stopped
+
+        def send(first: int, count: int) -> int:
+            fds = ctypes.byref(self._fds, first * ctypes.sizeof(ctypes.c_int))
+            return int(self._floor(fds, count, data, len(data), threads))
 
         def run() -> None:
-            if self._floor(self._fds, count, data, len(data), threads) != count:
+            if self._stopped:
+                send(0, self._stopped)  # who does not take it is passed over
+            if send(self._stopped, reading) != reading:
                 raise RuntimeError("a connection did not take all of it")
+
+        return _timed(run)
+
+    async def plain(self, size: int, messages: int) -> float:
+        text = "x" * size
+
+        def run() -> None:
+            for _ in range(messages):
+                for ws in self._connections:
+                    ws.protocol.send_text(text.encode())
+                    ws.send_data()
 
         return _timed(run)
 
@@ -98,81 +194,39 @@ class WsfastServer:
             self.manager.broadcast_nowait(text)
         result = await self.manager.broadcast(text)
         seconds = time.perf_counter() - begin
-        if result.sent != len(self._connections):
+        if result.sent + result.queued < len(self._connections) - self._stopped:
             raise RuntimeError(f"{result}")
         return seconds
 
-    # ---- the loop's delay
 
-    async def stall(self, size: int, seconds: float, how: str, threads: int) -> list[float]:
-        """Delays in seconds of a timer of 1 ms, while every connection gets a message each second."""
-        text, delays = "x" * size, []
-        self.manager.threads = threads
-        loop = asyncio.get_running_loop()
-        end = loop.time() + seconds
-
-        async def send_each_second() -> None:
-            for second in range(int(seconds)):
-                await asyncio.sleep(max(0.0, end - seconds + second - loop.time()))
-                if how == "wsfast":
-                    await self.manager.broadcast(text)
-                else:
-                    for ws in self._connections:
-                        ws.protocol.send_text(text.encode())
-                        ws.send_data()
-
-        sender = asyncio.create_task(send_each_second())
-        while not sender.done():
-            due = loop.time() + 0.001
-            await asyncio.sleep(0.001)
-            delays.append(max(0.0, loop.time() - due))
-        await sender
-        return delays
-
-    # ---- slow clients
-
-    async def stream(self, size: int, messages: int, pause_s: float) -> dict[str, Any]:
-        """So many broadcasts, one after the other; the monotonic time of the start, and what was dropped."""
-        text = "x" * size
-        begin_ns = time.monotonic_ns()
-        for _ in range(messages):
-            await self.manager.broadcast(text)
-            await asyncio.sleep(pause_s)
-        return {"begin_ns": begin_ns, **self.manager.stats()}
-
-    async def stats(self) -> dict[str, int]:
-        return self.manager.stats()
-
-
-class PicowsServer:
+class PicowsServer(_Server):
     """``picows`` with a loop over its transports, as in its own example."""
 
-    def __init__(self, floor: str) -> None:
-        self._transports: list[Any] = []
+    def __init__(self, floor: str, buffer: int = 0) -> None:
+        super().__init__(buffer)
 
     async def start(self) -> int:
         import picows  # noqa: PLC0415 - this process may be another server
 
         self._text = picows.WSMsgType.TEXT
-        transports = self._transports
+        add = self._add
 
         class Listener(picows.WSListener):  # type: ignore[misc]
             def on_ws_connected(self, transport: Any) -> None:
-                transports.append(transport)
+                add(transport, transport.underlying_transport)
 
         server = await picows.ws_create_server(lambda _: Listener(), "127.0.0.1", 0, backlog=4096)
         return int(server.sockets[0].getsockname()[1])
 
-    async def wait_for(self, connections: int) -> None:
-        while len(self._transports) < connections:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    def _in_transport(self, connection: Any) -> int:
+        return int(connection.underlying_transport.get_write_buffer_size())
 
     async def picows(self, size: int, messages: int) -> float:
         message = b"x" * size
 
         def run() -> None:
             for _ in range(messages):
-                for transport in self._transports:
+                for transport in self._connections:
                     transport.send(self._text, message)
 
         return _timed(run)
@@ -196,25 +250,11 @@ async def _obey(kind: str, settings: dict[str, Any]) -> None:
     while line := await reader.readline():
         method, arguments = json.loads(line)
         try:
-            value = await _call(server, method, arguments)
+            value = await getattr(server, method)(**arguments)
         except Exception as error:
             _say(error=repr(error))
         else:
             _say(value=value)
-
-
-async def _call(server: Any, method: str, arguments: dict[str, Any]) -> Any:
-    """``clocked`` calls another method with the garbage collector off, and adds the monotonic time of its begin."""
-    if method != "clocked":
-        return await getattr(server, method)(**arguments)
-    gc.collect()
-    gc.disable()
-    try:
-        await asyncio.sleep(0.02)  # let the machine come to rest
-        begin_ns = time.monotonic_ns()
-        return begin_ns, await getattr(server, arguments.pop("way"))(**arguments)
-    finally:
-        gc.enable()
 
 
 def _say(**answer: Any) -> None:
