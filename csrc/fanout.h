@@ -190,7 +190,8 @@ static inline int wsf_link_is_doubtful(const wsf_fanout *fanout, const wsf_link 
     if (fanout->limits.policy == WSF_DISCONNECT)
         return wsf_link_bytes(link) + size > fanout->limits.max_bytes;
     /* It may be over its limit for long: a millisecond is not old. */
-    return fanout->limits.policy == WSF_DROP_NEWEST && now_ns - link->asked_ns > 1000000 &&
+    return (fanout->limits.policy == WSF_DROP_NEWEST || fanout->limits.policy == WSF_DROP_OLDEST) &&
+           now_ns - link->asked_ns > 1000000 &&
            ((link->facts & WSF_SHEDDING) || wsf_link_bytes(link) + size > fanout->limits.max_bytes);
 }
 /* Close it for good. Everything in its outbox is dropped, and reported with this cause. */

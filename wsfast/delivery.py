@@ -735,7 +735,12 @@ class Delivery:
 
     # ---- the end
 
-    async def drained(self, link: Link, timeout_s: float) -> bool:
+    async def finish_by_library(self, link: Link) -> None:
+        """Wait until the library has sent what waits for a connection, if nobody else can."""
+        if link in self._by_library:
+            await self.drained(link, None)
+
+    async def drained(self, link: Link, timeout_s: float | None) -> bool:
         """Wait until nothing waits for a connection, or it is closed; whether that came within *timeout_s*."""
         try:
             async with asyncio.timeout(timeout_s):

@@ -687,6 +687,8 @@ class Attachment:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if error is None and not self.ended:
+            await self.manager._delivery.finish_by_library(self.link)
         # If nobody has closed it yet, this is what the library is about to do.
         self.end(Closed(1000, "", "us") if error is None else Closed(1011, "", "us"))
 

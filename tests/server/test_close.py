@@ -224,6 +224,7 @@ class TestSlow:
         async def close(_: Any, ws: FakeLink, code: int, reason: str) -> None:
             begun.append(asyncio.get_running_loop().time())
             ws.open = False
+            raise TimeoutError
 
         monkeypatch.setattr(FakeAdapter, "close", close)
         manager = ConnectionManager(drain=drain, backpressure=KEEP)

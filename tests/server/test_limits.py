@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from websockets.asyncio.server import ServerConnection
 
-from tests.server.conftest import DEADLINE_S, FakeLink, RawPeer, Seen, serving, until
+from tests.server.conftest import DEADLINE_S, FakeLink, RawPeer, Seen, link_of, serving, until
 from wsfast import Backpressure, ConnectionClosed, ConnectionManager, ConnectionTooSlow, PeerTooSlow, delivery
-from wsfast.adapters.websockets import WebsocketsAdapter
+from wsfast.adapters.websockets import ADAPTER, WebsocketsAdapter
 
 KEEP = Backpressure(policy="keep")
 OPTIONS: dict[str, Any] = {"compression": None, "ping_interval": None, "close_timeout": 0.2}
@@ -153,7 +153,7 @@ class TestAge:
             manager.broadcast_nowait("a")
             await until(lambda: slow)
             assert (slow[0].conn, slow[0].cause) == (conn, "age")  # type: ignore[attr-defined]
-            await until(lambda: not manager.registry)
+            await until(lambda: len(manager.registry) == 0)
             await asyncio.gather(sending, return_exceptions=True)
 
 
@@ -166,15 +166,19 @@ class TestMemory:
 
     @pytest.mark.parametrize("policy", ["keep", "drop_newest", "drop_oldest", "conflate", "disconnect"])
     async def test_the_budget_holds_after_a_flush_too(self, policy: str) -> None:
-        """One message to many who do not read: shared while it is queued, but each transport has a copy of the rest.
-        That is charged, and no further message is needed to make the worst give up what it takes."""
+        """One message to many who do not read. Some transports make a copy of the rest. That is charged, and no further
+        message is needed to make the worst give up what it takes."""
         settings = Backpressure(policy=policy, max_total_bytes=self.BUDGET)  # type: ignore[arg-type]
         async with ConnectionManager(backpressure=settings) as manager, connected(manager, self.COUNT) as peers:
             message = bytes(range(250)) * 4000
+            shares = ADAPTER.keeps_views(peers[0][1].conn)
             await manager.broadcast(message)
             await until(lambda: manager.stats()["queued_bytes"] <= self.BUDGET)
-            assert in_transports(manager) <= manager.stats()["queued_bytes"]
             left = list(manager.registry.values())
+            if shares:
+                assert len(left) == self.COUNT
+            else:
+                assert in_transports(manager) <= manager.stats()["queued_bytes"]
             assert manager.stats()["too_slow_by_budget"] == self.COUNT - len(left)
             # Whoever is left gets all of it.
             for peer, conn in peers:
@@ -195,7 +199,6 @@ class TestMemory:
             await its.send("end")
             assert [payload for _, payload in await reading] == [*(b"%d" % number for number in range(10)), b"end"]
             await until(lambda: manager.stats()["queued_bytes"] <= self.BUDGET)
-            assert in_transports(manager) <= manager.stats()["queued_bytes"]
             assert its.client_id in manager.registry
 
     @pytest.mark.parametrize("policy", ["disconnect", "drop_newest", "drop_oldest", "conflate", "keep"])
@@ -212,7 +215,8 @@ class TestMemory:
             assert 0 < waiting <= 250_000
             result = manager.broadcast_nowait(b"tick")
             assert (result.queued, result.dropped, result.displaced, result.disconnected) == (1, 0, 0, 0)
-            assert manager._delivery.waits_for(conn)[1] <= waiting + 6
+            if policy not in ("keep", "conflate"):  # they do not judge by it
+                assert link_of(manager, conn).bytes <= waiting + 6
             rest = size + 10 - got  # with the head of the frame
             assert await peer.read(rest + 6) == bytes(rest) + b"\x82\x04tick"
 
@@ -322,13 +326,13 @@ class TestEpisodes:
             await asyncio.gather(*senders, return_exceptions=True)
 
         async with self.blocked("keep", 100, resume_below=0) as (manager, conn):
-            await send_in_vain(10)
+            await send_in_vain(50)
             before = futures()
             for _ in range(10):
                 await send_in_vain(50)
             assert futures() <= before + 10
             conn.conn.drain()
-            expected = ["first", *map(str, range(10)), *list(map(str, range(50))) * 10]
+            expected = ["first", *list(map(str, range(50))) * 11]
             await until(lambda: len(conn.conn.got) == len(expected))
             assert conn.conn.got == expected
 
