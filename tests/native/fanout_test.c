@@ -373,7 +373,7 @@ typedef struct {
     wsf_frame *frames[VARIANTS];
     bytes encoded[VARIANTS];
     int64_t entries[VARIANTS];
-    bool is_held;
+    bool is_held, is_awaited;
     wsf_tally tally;
     int key;
     int64_t created_ns;
@@ -392,7 +392,8 @@ typedef struct {
     uint32_t facts, variant;
     item items[MOST_ITEMS];
     uint32_t count, ring_capacity;
-    uint64_t in_transport;
+    uint64_t in_transport, shared, mark;
+    letter *rest; /* of whose frame the transport has `shared` bytes that it has not copied */
     int64_t blocked_ns;
     bool is_left_out, is_direct;
     int fd, far_fd; /* far_fd -1: the peer has gone */
@@ -432,6 +433,14 @@ static uint64_t peer_bytes(const peer *p)
     return size;
 }
 
+/* What the limit of one connection is held against. */
+static uint64_t judged_bytes(const world *w, const peer *p)
+{
+    return peer_bytes(p) - (w->limits.policy == WSF_CONFLATE ? p->in_transport : 0);
+}
+
+static uint64_t copied_bytes(const peer *p) { return p->in_transport > p->shared ? p->in_transport - p->shared : 0; }
+
 static bool waits(const peer *p) { return (p->facts & WSF_WAITS) != 0; }
 
 static bool frame_lives(const letter *l, uint32_t variant)
@@ -465,7 +474,7 @@ static int64_t expected_account(const world *w)
     for (uint32_t i = 0; i < w->size->peers; i++) {
         const peer *p = &w->peers[i];
         if (p->link != NULL) /* tables of keys are the outbox's own affair */
-            sum += (int64_t)(p->in_transport + p->ring_capacity * sizeof(wsf_entry) +
+            sum += (int64_t)(copied_bytes(p) + p->ring_capacity * sizeof(wsf_entry) +
                              p->link->outbox.place_capacity * sizeof(wsf_key_place));
     }
     return sum;
@@ -540,7 +549,7 @@ static uint32_t must_drop(world *w, peer *p, uint64_t most_bytes, int64_t before
     uint32_t messages = 0, others = 0;
     uint64_t size = 0;
     int64_t oldest_ns = 0;
-    while (p->count != 0 && (peer_bytes(p) > most_bytes || p->items[0].of->created_ns < before_ns)) {
+    while (p->count != 0 && (judged_bytes(w, p) > most_bytes || p->items[0].of->created_ns < before_ns)) {
         const letter *l = p->items[0].of;
         oldest_ns = messages++ == 0 ? l->created_ns : oldest_ns;
         others += l != cause_of_it;
@@ -572,15 +581,29 @@ static void must_set(world *w, peer *p, uint32_t facts)
         must_begin_waiting(w, p);
 }
 
+static void must_have_in_transport(peer *p, uint64_t in_transport)
+{
+    p->in_transport = in_transport;
+    if (p->shared > in_transport)
+        p->shared = in_transport;
+    if (p->shared == 0 && p->rest != NULL) {
+        p->rest->entries[p->variant]--;
+        bury(p->rest);
+        p->rest = NULL;
+    }
+}
+
 static void must_clear(world *w, peer *p, uint32_t facts)
 {
     bool before = waits(p);
     p->facts &= ~facts;
     if (facts & WSF_BLOCKED)
-        p->in_transport = 0;
+        must_have_in_transport(p, 0);
     if (!before || waits(p))
         return;
     w->waiting_count--;
+    if (peer_bytes(p) <= w->limits.low_bytes)
+        p->facts &= ~(uint32_t)WSF_SHEDDING;
     if (p->count != 0)
         stand_in_line(w, p);
 }
@@ -591,7 +614,7 @@ static void must_block(world *w, peer *p, uint64_t in_transport)
         p->blocked_ns = w->now_ns;
         w->totals.blocked++;
     }
-    p->in_transport = in_transport;
+    must_have_in_transport(p, in_transport);
     must_set(w, p, WSF_BLOCKED);
 }
 
@@ -613,7 +636,6 @@ static void must_give_up(world *w, peer *p, int cause)
     must_report(w, p, WSF_TOO_SLOW, cause, p->count, peer_bytes(p), since_ns(p));
     w->totals.too_slow[cause]++;
     must_close(w, p, cause);
-    p->in_transport = 0;
 }
 
 /* Whether a peer that waits may take this letter, by the policy. */
@@ -621,11 +643,11 @@ static bool must_accept(world *w, peer *p, letter *l)
 {
     const wsf_limits *limits = &w->limits;
     const uint64_t size = l->encoded[p->variant].size;
-    if ((p->facts & WSF_SHEDDING) && peer_bytes(p) <= limits->low_bytes)
+    if ((p->facts & WSF_SHEDDING) && judged_bytes(w, p) <= limits->low_bytes)
         p->facts &= ~(uint32_t)WSF_SHEDDING;
-    if (limits->policy == WSF_KEEP || peer_bytes(p) == 0)
+    if (limits->policy == WSF_KEEP || judged_bytes(w, p) == 0)
         return true;
-    if (!(p->facts & WSF_SHEDDING) && peer_bytes(p) + size <= limits->max_bytes)
+    if (!(p->facts & WSF_SHEDDING) && judged_bytes(w, p) + size <= limits->max_bytes)
         return true;
     switch (limits->policy) {
     case WSF_DISCONNECT:
@@ -638,7 +660,7 @@ static bool must_accept(world *w, peer *p, letter *l)
     default:
         l->tally.displaced += must_drop(w, p, limits->low_bytes > size ? limits->low_bytes - size : 0, INT64_MIN,
                                         WSF_BY_BYTES, l);
-        if (peer_bytes(p) == 0 || peer_bytes(p) + size <= limits->max_bytes)
+        if (p->count == 0 || judged_bytes(w, p) + size <= limits->max_bytes)
             return true;
     }
     w->totals.dropped[WSF_BY_BYTES]++;
@@ -666,7 +688,7 @@ static bool must_replace(world *w, peer *p, letter *l)
     l->tally.targets++;
     l->tally.displaced++;
     *(p->items[at].queued ? &l->tally.queued : &l->tally.pending) += 1;
-    if (waits(p) && p->count > 1 && peer_bytes(p) > w->limits.max_bytes)
+    if (waits(p) && p->count > 1 && judged_bytes(w, p) > w->limits.max_bytes)
         l->tally.displaced += must_drop(w, p, w->limits.max_bytes, INT64_MIN, WSF_BY_BYTES, l);
     return true;
 }
@@ -696,7 +718,7 @@ static bool must_append(world *w, peer *p, letter *l)
 
 static void must_take(world *w, peer *p, letter *l, bool is_late)
 {
-    const uint64_t before = peer_bytes(p), size = l->encoded[p->variant].size;
+    const uint64_t before = judged_bytes(w, p);
     if ((p->facts & WSF_OPEN) && w->limits.policy == WSF_CONFLATE && l->key != NO_KEY && must_replace(w, p, l)) {
         if (!waits(p))
             must_stand(w, p, is_late);
@@ -709,8 +731,8 @@ static void must_take(world *w, peer *p, letter *l, bool is_late)
     }
     if (waits(p)) {
         l->tally.queued++;
-        CHECK(w->limits.policy == WSF_KEEP || peer_bytes(p) <= w->limits.max_bytes || peer_bytes(p) <= before ||
-              peer_bytes(p) == size);
+        CHECK(w->limits.policy == WSF_KEEP || judged_bytes(w, p) <= w->limits.max_bytes ||
+              judged_bytes(w, p) <= before || p->count == 1);
     } else {
         l->tally.pending++;
         must_stand(w, p, is_late);
@@ -774,9 +796,33 @@ static void check_reports(const world *w)
     }
 }
 
+/* Those who wait are told as soon as what they wait for has come. Of room they may be told in vain. */
+static void check_told(world *w)
+{
+    for (wsf_message *message; (message = wsf_fanout_take_decided(w->fanout)) != NULL;) {
+        letter *l = (letter *)(void *)message->waiter;
+        CHECK(l->is_awaited && l->tally.pending == 0);
+        l->is_awaited = false;
+        message->waiter = NULL;
+        wsf_message_release(message);
+    }
+    for (uint32_t i = 0; i < LETTERS; i++)
+        CHECK(!w->letters[i].is_awaited || w->letters[i].tally.pending != 0);
+    for (wsf_link *link; (link = wsf_fanout_take_roomy(w->fanout)) != NULL;) {
+        peer *p = (peer *)(void *)link->handle;
+        CHECK(p->mark != WSF_NO_MARK && p->link == link);
+        p->mark = WSF_NO_MARK;
+    }
+    for (uint32_t i = 0; i < w->size->peers; i++) {
+        const peer *p = &w->peers[i];
+        CHECK(p->link == NULL || p->mark == WSF_NO_MARK || ((p->facts & WSF_OPEN) && peer_bytes(p) > p->mark));
+    }
+}
+
 static void check_world(world *w)
 {
     int64_t messages = 0, frames = 0;
+    check_told(w);
     wsf_fanout_check(w->fanout);
     for (uint32_t i = 0; i < w->size->peers; i++)
         if (w->peers[i].link != NULL)
@@ -917,10 +963,12 @@ static void admit(world *w, peer *p)
     memset(link, 0, sizeof *link);
     p->facts = 0;
     p->variant = w->is_round ? 0 : below(random, VARIANTS);
+    p->mark = WSF_NO_MARK;
     p->is_direct = !one_in(random, 5);
     p->fd = link->fd = ends[0];
     p->far_fd = ends[1];
     link->variant = p->variant;
+    link->keeps_views = one_in(random, 2);
     link->record = &p->record;
     link->handle = (PyObject *)(void *)p;
     link->outbox.first_number = one_in(random, 2) ? UINT32_MAX - below(random, 40) : 0;
@@ -981,11 +1029,12 @@ static void forget(world *w, peer *p)
     leave_line(w, p);
     if (p->facts & WSF_LATER)
         leave(w->later, &w->later_count, p);
+    must_have_in_transport(p, 0);
     w->links--;
     free(p->link);
     p->link = NULL;
     end_stream(w, p);
-    p->in_transport = p->counted_messages = p->counted_bytes = p->told_messages = p->told_bytes = 0;
+    p->counted_messages = p->counted_bytes = p->told_messages = p->told_bytes = 0;
 }
 
 static size_t some_size(chance *random)
@@ -1072,6 +1121,10 @@ static void some_push(world *w)
     if (l == NULL)
         return;
     push(w, l, one_in(random, 3) ? 1 : 1 + below(random, w->size->peers), one_in(random, 4));
+    if (l->tally.pending != 0 && one_in(random, 2)) {
+        l->message->waiter = (PyObject *)(void *)l;
+        l->is_awaited = true;
+    }
     if (one_in(random, 2))
         release_letter(l);
 }
@@ -1156,8 +1209,10 @@ static int must_settle(world *w, const wsf_job *job, size_t *offset)
         l->tally.sent++;
         remove_item(p, 0);
     }
-    if (p->count == 0)
+    if (p->count == 0) {
+        p->facts &= ~(uint32_t)WSF_SHEDDING;
         return WSF_DONE;
+    }
     letter *l = p->items[0].of;
     const bytes *data = &l->encoded[p->variant];
     const size_t rest = data->size - (size_t)left;
@@ -1167,6 +1222,11 @@ static int must_settle(world *w, const wsf_job *job, size_t *offset)
     must_count(w, p, l);
     take_off(&p->items[0]);
     l->tally.queued++;
+    if (job->link->keeps_views && l->entries[p->variant] + l->is_held > 1) {
+        l->entries[p->variant]++;
+        p->rest = l;
+        p->shared = rest;
+    }
     remove_item(p, 0);
     must_block(w, p, rest);
     return WSF_REST;
@@ -1208,6 +1268,7 @@ static void settle(world *w, int64_t carried_out)
             size_t size = remainder.frame->size - remainder.offset;
             CHECK(remainder.offset == offset && size == p->transport.size && first != NULL);
             CHECK(memcmp(p->transport.data, remainder.frame->data + offset, size) == 0);
+            CHECK(remainder.is_shared == (p->rest != NULL));
             wsf_frame_release(remainder.frame);
         }
     }
@@ -1229,10 +1290,16 @@ static void carry_out(world *w, uint32_t jobs, int64_t deadline_ns)
     wsf_fanout_send(w->fanout, w->pool, deadline_ns);
     int64_t carried_out = w->fanout->taken < (int64_t)jobs ? w->fanout->taken : (int64_t)jobs;
     const bool is_alone = w->pool == NULL || jobs < 64;
+    uint64_t longest = 1;
+    for (uint32_t i = 0; i < jobs; i++)
+        longest = w->fanout->jobs[i].size > longest ? w->fanout->jobs[i].size : longest;
+    const uint64_t fit = 65536 / longest, chunk = fit > 8 ? 8 : fit == 0 ? 1 : fit;
     if (deadline_ns != 0)
         CHECK(carried_out == jobs);
+    else if (is_alone)
+        CHECK(carried_out == (int64_t)(jobs < chunk ? jobs : chunk));
     else
-        CHECK(is_alone ? carried_out == (jobs < 8 ? jobs : 8) : carried_out >= 8); /* a chunk for each thread */
+        CHECK(carried_out >= (int64_t)chunk); /* each thread has one */
     settle(w, carried_out);
 }
 
@@ -1313,6 +1380,7 @@ static void shed(world *w)
         w->order[i] = peer_of(w->fanout->waiting[i]);
         CHECK(waits(w->order[i]) && (i == 0 || peer_bytes(w->order[i - 1]) >= peer_bytes(w->order[i])));
     }
+    uint64_t leaving = 0;
     /* A table of keys goes with the last entry, as the account of the model sees in the outbox: take it as it is now. */
     int64_t account = 0;
     for (uint32_t i = 0; i < waiting && drops; i++) {
@@ -1321,10 +1389,12 @@ static void shed(world *w)
         (void)must_drop(w, w->order[i], 0, INT64_MAX, WSF_BY_BUDGET, NULL);
     }
     for (uint32_t i = 0; i < waiting; i++) {
-        if ((uint64_t)(account = expected_account(w)) <= enough)
+        if ((account = expected_account(w)) - (int64_t)leaving <= (int64_t)enough)
             break;
         if ((w->order[i]->facts & WSF_OPEN) && peer_bytes(w->order[i]) != 0)
             must_give_up(w, w->order[i], WSF_BY_BUDGET);
+        if (!(w->order[i]->facts & WSF_OPEN))
+            leaving += copied_bytes(w->order[i]);
     }
     (void)account;
 }
@@ -1354,7 +1424,7 @@ static void hang_up(world *w, peer *p)
 static void some_operation_on(world *w, peer *p)
 {
     chance *random = &w->random;
-    switch (below(random, 10)) {
+    switch (below(random, 11)) {
     case 0:
     case 1:
     case 2: (void)far_read(w, p, one_in(random, 4) ? SIZE_MAX : below(random, 5000)); return;
@@ -1366,6 +1436,11 @@ static void some_operation_on(world *w, peer *p)
     case 8:
         if (one_in(random, 4))
             hang_up(w, p);
+        return;
+    case 9:
+        p->mark = p->mark == WSF_NO_MARK ? 0 : p->mark;
+        p->mark += below(random, 2000);
+        wsf_link_watch(w->fanout, p->link, p->mark);
         return;
     default:
         if (one_in(random, 6)) {

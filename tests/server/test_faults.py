@@ -283,8 +283,8 @@ async def park_shrunk(ws: ServerConnection) -> None:
 async def test_nothing_is_sent_into_a_transport_that_was_ended_in_the_same_turn(
     manager: ConnectionManager, managed: bool, end: str, order: str
 ) -> None:
-    """The direct path holds only while the transport is open. Who ends a transport behind its library's back is believed
-    at the end of the loop's turn, when the transport tells: until then the descriptor is the connection's."""
+    """The direct path holds only while the transport is open. If somebody ends a transport behind its library's back,
+    that is known when the transport tells, in the next turn: until then the descriptor is the connection's."""
     closed = Seen(manager, ConnectionClosed)
 
     async def attaching(ws: ServerConnection) -> None:
