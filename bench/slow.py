@@ -10,8 +10,7 @@ Memory is the most that there was at any time during the messages, looked at aft
 
 - *queued* is what the manager says that it keeps (``queued_bytes`` of its ``stats``);
 - *in transports* is what really waits there for those who do not read;
-- *kept* is what is judged: all of *queued*, and what waits in transports of connections that the manager has given up,
-  for it does not count them any more. Without a manager it is what waits in transports;
+- *kept* is what is judged: the greater of the two. Without a manager it is what waits in transports;
 - *grown* is what the process has grown by, at its peak, beyond the run in which everybody reads;
 - the *bound* is what the settings allow: so many bytes for each stalled connection, and in all. As a message is kept
   once for all connections, the bound in all is less than the messages together, so that *keep* comes up against it.

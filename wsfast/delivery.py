@@ -100,7 +100,8 @@ class Backpressure:
     The limits are judged only while something waits for the peer: a burst to connections that keep up passes no limit.
 
     Attributes:
-        max_bytes: of frames that may wait for one connection, in its outbox and in its transport together.
+        max_bytes: of frames that may wait for one connection, in its outbox and in its transport together. Let it be
+            more than the longest message.
         max_age_s: how long they may wait.
         policy: what to do beyond that.
 
@@ -113,17 +114,18 @@ class Backpressure:
                 old.
             ``conflate``
                 A message with a ``key`` replaces one with the same key that has not left yet, in its place. For the
-                rest, as ``drop_oldest``.
+                rest, as ``drop_oldest``, but what has been handed to the transport does not count.
             ``keep``
                 Drop nothing for one connection's limits: only ``max_total_bytes`` holds.
         resume_below: where dropping ends, and where a ``send`` that waits goes on: a number of bytes, or, as a float, a
             share of ``max_bytes``.
         max_total_bytes: that all connections of the manager may make it keep: frames, each counted once however many
-            outboxes it is in; the outboxes; and what transports hold. Beyond it, those for whom most waits lose what
-            waits, or are disconnected if the policy drops nothing or if that is not enough.
+            outboxes it is in; the outboxes; and what transports have copied. Beyond it, those for whom most waits lose
+            what waits, or are disconnected if the policy drops nothing or if that is not enough.
         code, reason: of the close frame. 1013 is "try again later".
 
-    A frame on its way is never cut off in the middle, and a single message always fits an empty outbox, however long.
+    A frame on its way is never cut off in the middle. With ``drop_oldest`` and ``conflate`` the newest message always
+    has its place, however long it is.
     """
 
     max_bytes: int = 2**20

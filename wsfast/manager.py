@@ -126,7 +126,7 @@ class CloseReport:
     Attributes:
         connections: that were there when it began.
         cut_off: of them, those that had not ended in time.
-        undelivered: what waited for some of them and could not be delivered in time.
+        undelivered: what waited for some of them and was still there when they were cut off.
         seconds: from the call to the end.
     """
 
@@ -279,10 +279,10 @@ class ConnectionManager:
     async def close(self, timeout_s: float = 10.0) -> CloseReport:
         """Stop accepting, deliver what waits, close every connection, and end. Calling it again waits for the same end.
 
-        Each connection gets what waits for it, for up to half of *timeout_s* seconds, and is then closed; with the code
-        and at the pace of the ``DrainPolicy``. Those that have not ended after *timeout_s* seconds are cut off. Then
-        every record is detached, with its ``ConnectionClosed``, and asynchronous subscribers have one more second for
-        what waits for them.
+        Each connection gets what waits for it, for up to half of *timeout_s* seconds, and is then closed, behind what
+        still waits; with the code and at the pace of the ``DrainPolicy``. Those that have not ended after *timeout_s*
+        seconds are cut off. Then every record is detached, with its ``ConnectionClosed``, and asynchronous subscribers
+        have one more second for what waits for them.
 
         It ends also if the caller is cancelled, but then nobody waits for it.
 

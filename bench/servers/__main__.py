@@ -24,7 +24,7 @@ from typing import Any
 
 from websockets.asyncio.server import ServerConnection, broadcast
 
-from wsfast import Backpressure, ConnectionManager, ConnectionStatus
+from wsfast import Backpressure, ConnectionManager
 from wsfast.adapters.websockets import serve
 
 
@@ -140,10 +140,9 @@ class WsfastServer(_Server):
         return connection.transport.get_write_buffer_size()
 
     def _kept(self) -> dict[str, int]:
-        """The manager says what it keeps: all but what waits in transports of connections that it has given up."""
-        queued = self.manager.stats()["queued_bytes"]
-        given_up = [ws for ws in self._connections[: self._stopped] if ws.wsfast.status != ConnectionStatus.ONLINE]
-        return super()._kept() | {"queued": queued, "kept": queued + sum(map(self._in_transport, given_up))}
+        """The manager says what it keeps, and must not say less than what really waits in transports."""
+        kept, queued = super()._kept(), self.manager.stats()["queued_bytes"]
+        return kept | {"queued": queued, "kept": max(queued, kept["in_transports"])}
 
     async def stats(self) -> dict[str, int]:
         return self.manager.stats()
