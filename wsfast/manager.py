@@ -230,7 +230,7 @@ class ConnectionManager:
         self._empty = asyncio.Event()
         self._closing: asyncio.Task[CloseReport] | None = None
         # asyncio itself keeps only weak references to tasks.
-        self._farewells: set[asyncio.Task[None]] = set()
+        self._farewells: set[asyncio.Task[object]] = set()
 
     @property
     def registry(self) -> Registry:
@@ -539,7 +539,7 @@ class ConnectionManager:
         """Close the connection in the background."""
         self._run_farewell(_close_quietly(attachment, closed))
 
-    def _run_farewell(self, farewell: Coroutine[Any, Any, None]) -> None:
+    def _run_farewell(self, farewell: Coroutine[Any, Any, object]) -> None:
         task = asyncio.get_running_loop().create_task(farewell)
         self._farewells.add(task)
         task.add_done_callback(self._farewells.discard)

@@ -182,7 +182,7 @@ def _deflate(bits: int, settings: Mapping[str, Any], payload: bytes, is_text: bo
 
 def _window_bits(ws: ServerConnection) -> int:
     """The compression window that the server has chosen for itself."""
-    for factory in ws.protocol.available_extensions:
+    for factory in ws.protocol.available_extensions or ():
         if isinstance(factory, ServerPerMessageDeflateFactory):
             return factory.server_max_window_bits or _MOST_WINDOW_BITS
     return _MOST_WINDOW_BITS
