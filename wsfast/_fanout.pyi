@@ -10,10 +10,9 @@ itself, to know when its slice ends.
 Threads: the event loop's only. While ``flush`` has given up the GIL, a change from another thread is ``WrongThread``.
 """
 
-from asyncio import Future
 from builtins import bytes as _bytes
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, Literal, Self, final
+from typing import Any, Final, Literal, Protocol, Self, final, type_check_only
 
 from wsfast._core import ConnectionMeta
 
@@ -31,6 +30,11 @@ TOO_SLOW: Final[int]
 THROUGH: Final[int]
 REST: Final[int]
 FAILED: Final[int]
+
+@type_check_only
+class _Future(Protocol):
+    def done(self) -> bool: ...
+    def set_result(self, result: None, /) -> None: ...
 
 @final
 class Message:
@@ -57,7 +61,7 @@ class Message:
     @property
     def disconnected(self) -> int:
         """Connections that were given up because of it."""
-    def tell(self, future: Future[None]) -> None:
+    def tell(self, future: _Future) -> None:
         """Set the result of *future* once nothing is pending; at once if nothing is. One future can be told."""
     def miss(self, count: int) -> None:
         """Count targets that have no link, as dropped."""

@@ -21,6 +21,7 @@ from tests.server.conftest import (
     RawPeer,
     Seen,
     client,
+    link_of,
     received,
     serving,
     until,
@@ -297,7 +298,7 @@ async def test_nothing_is_sent_into_a_transport_that_was_ended_in_the_same_turn(
         names = {conn.conn.remote_address: conn for conn in manager.registry.values()}
         conn: Any = names[peer.sock.getsockname()]
         if managed:
-            await until(lambda: manager._delivery._fanout.get(conn).is_direct)
+            await until(lambda: link_of(manager, conn).is_direct)
         transport = conn.conn.transport
         if order == "end first":
             getattr(transport, end)()
@@ -436,7 +437,7 @@ async def test_what_a_subscriber_writes_by_the_library_lands_inside_no_frame(thr
         by_name = {conn.conn.remote_address: conn for conn in manager.registry.values()}
         conns: list[Any] = [by_name[peer.sock.getsockname()] for peer in [*gone, *slow]]
         for conn in conns:
-            await until(lambda conn=conn: manager._delivery._fanout.get(conn).is_direct)  # type: ignore[misc]
+            await until(lambda conn=conn: link_of(manager, conn).is_direct)  # type: ignore[misc]
         others = [conn.conn for conn in conns[failing:]]
         told = 0
 

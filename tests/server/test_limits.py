@@ -243,7 +243,7 @@ class TestMemory:
             transport = conn.conn.transport
             limits = transport.get_write_buffer_limits()
             assert limits[1] > 0
-            link = manager._delivery._fanout.get(conn)
+            link = link_of(manager, conn)
             for size in range(2000, 400_000, 2000):
                 await until(lambda: link.is_direct and not in_transports(manager))
                 message = manager._delivery._broadcast(bytes(size), None, None, None, None, None, None, None)
