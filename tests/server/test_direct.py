@@ -539,5 +539,6 @@ async def test_connections_that_come_and_go_leave_nothing_behind() -> None:
             # What a connection leaves would be some hundred bytes. Without the GIL, the interpreter itself frees later.
             spare = 200_000 if gil_enabled() else 4_000_000
             assert after - before < spare + 10 * CONNECTS
-            assert resident_after - resident_before < 2**25 + 50 * CONNECTS
+            if "libasan" not in os.environ.get("LD_PRELOAD", ""):  # it keeps what was freed for a while
+                assert resident_after - resident_before < 2**25 + 50 * CONNECTS
         del manager
