@@ -23,9 +23,19 @@ from time import monotonic_ns
 from wsfast._core import ConnectionMeta
 from wsfast.errors import InvalidSetting, LimitExceeded, WrongThread
 
-cdef extern from "Python.h":
-    int PyGC_Disable()
-    int PyGC_Enable()
+cdef extern from *:
+    """
+    /* Since 3.12 the collector comes only between two instructions of Python code. */
+    #if PY_VERSION_HEX < 0x030C0000
+    #define WSF_HOLD_COLLECTOR() PyGC_Disable()
+    #define WSF_LET_COLLECTOR(was_enabled) ((void)((was_enabled) && PyGC_Enable()))
+    #else
+    #define WSF_HOLD_COLLECTOR() 0
+    #define WSF_LET_COLLECTOR(was_enabled) ((void)(was_enabled))
+    #endif
+    """
+    int WSF_HOLD_COLLECTOR()
+    void WSF_LET_COLLECTOR(int was_enabled)
 
 cdef extern from *:
     """
@@ -235,6 +245,10 @@ cdef class Link:
     def in_transport(self):
         return self.link.in_transport
 
+    @property
+    def lost_bytes(self):
+        return self.link.lost_bytes
+
     def direct(self, fd):
         cdef int number = fd
         cdef Fanout owner = self.of()
@@ -261,6 +275,7 @@ cdef class Link:
         else:
             wsf_link_clear(owner.fanout, self.link, WSF_FRAGMENT)
             owner.wake_up(self)
+        owner.tell()
 
     def block(self, in_transport):
         cdef Fanout owner = self.of()
@@ -273,7 +288,14 @@ cdef class Link:
         cdef Fanout owner = self.of()
         if owner is not None:
             wsf_link_clear(owner.fanout, self.link, WSF_BLOCKED | WSF_UNSURE)
-            owner.wake_up(self)
+            owner.wake_up(self)  # first: who is told of the room finds it used
+            owner.tell()
+
+    def ask(self):
+        cdef Fanout owner = self.of()
+        if owner is not None:
+            owner.look_at_clock()
+            owner.ask(self, owner.fanout.now_ns)
             owner.tell()
 
     def watch(self, bytes):
@@ -448,39 +470,43 @@ cdef class Fanout:
         self.fanout.now_ns = _clock_ns() if self.clock is None else self.clock()
         return 0
 
-    cdef int tell(self) except -1:
-        """Tell those who wait for something that has come. It runs Python code: do it last."""
-        cdef wsf_message *message
-        cdef Link link
+    cdef void tell(self) noexcept:
+        """Tell those who wait for something that has come. It runs Python code: do it last. What that raises is printed."""
         while self.uncounted:
-            link = self.uncounted.pop()
-            messages, nbytes = link.sent_messages, link.sent_bytes
-            link.sent_messages = link.sent_bytes = 0
-            link.record.sent(nbytes, messages)
+            self.tell_record(self.uncounted.pop())
         while self.fanout.decided != NULL:
-            message = wsf_fanout_take_decided(self.fanout)
-            future = <object>message.waiter
-            Py_CLEAR(message.waiter)
-            wsf_message_release(message)
-            if not future.done():
-                future.set_result(None)
+            self.tell_waiter(wsf_fanout_take_decided(self.fanout))
         while self.fanout.roomy != NULL:
-            self.has_room(<object>wsf_fanout_take_roomy(self.fanout).handle)
-        return 0
+            self.tell_room(<object>wsf_fanout_take_roomy(self.fanout).handle)
 
-    cdef int ask(self, uint64_t size, int64_t now_ns) except -1:
-        """Ask the transports of those whom the policy would do something to, if their figures are old."""
-        cdef list doubtful = []
-        cdef Link link
-        cdef uint32_t i
-        for i in range(self.fanout.waiting_count):
-            if wsf_link_is_doubtful(self.fanout, self.fanout.waiting[i], size, now_ns):
-                doubtful.append(<object>self.fanout.waiting[i].handle)
-        for link in doubtful:
-            self.ask_one(link, now_ns)
-        return 0
+    cdef void tell_record(self, Link link) noexcept:
+        messages, nbytes = link.sent_messages, link.sent_bytes
+        link.sent_messages = link.sent_bytes = 0
+        link.record.sent(nbytes, messages)
 
-    cdef int ask_one(self, Link link, int64_t now_ns) except -1:
+    cdef void tell_waiter(self, wsf_message *message) noexcept:
+        future = <object>message.waiter
+        Py_CLEAR(message.waiter)
+        wsf_message_release(message)
+        if not future.done():
+            future.set_result(None)
+
+    cdef void tell_room(self, Link link) noexcept:
+        self.has_room(link)
+
+    cdef list doubtful(self, wsf_link **links, uint32_t count, Message message):
+        """Those of them whom the policy would do something to, by figures that are old."""
+        cdef list found = []
+        cdef uint32_t i, policy = self.fanout.limits.policy
+        if self.fanout.waiting_count == 0 or policy == WSF_KEEP or policy == WSF_CONFLATE:
+            return found
+        for i in range(count):
+            if wsf_link_is_doubtful(self.fanout, links[i], message.frames[0].size, message.message.created_ns):
+                found.append(<object>links[i].handle)
+        return found
+
+    cdef int ask(self, Link link, int64_t now_ns) except -1:
+        """Ask a transport how much it has."""
         in_transport = self.buffered(link)
         if link.fanout != NULL and link.link.facts & WSF_BLOCKED:
             self.fanout.now_ns = now_ns
@@ -584,22 +610,26 @@ cdef class Fanout:
         return message
 
     def push(self, Message message not None, list records, left_out=(), is_late=False):
-        cdef list strangers = []
+        cdef list doubtful, strangers = []
         cdef list excluded = list(left_out)
         cdef wsf_link **links
         cdef uint32_t count, lacking
         self.check()
         if message.fanout is not self:
             raise ValueError("the message is of another fan-out")
-        if self.fanout.waiting_count != 0:
-            self.ask(message.frames[0].size, message.message.created_ns)
         while True:
             strangers.clear()
             count = self.fanout.links.used if records is None else self._find(records, strangers)
             links = self.fanout.all if records is None else self.targets
             lacking = _lacking(message, links, count) if self.encoders else 0
-            if lacking == 0:
+            if records is None:  # fewer wait than there are
+                doubtful = self.doubtful(self.fanout.waiting, self.fanout.waiting_count, message)
+            else:
+                doubtful = self.doubtful(links, count, message)
+            if lacking == 0 and not doubtful:
                 break
+            for link in doubtful:
+                self.ask(link, message.message.created_ns)
             # This runs Python code: links may come and go meanwhile.
             for variant in range(1, WSF_MAX_VARIANTS):
                 if lacking >> variant & 1:
@@ -692,12 +722,11 @@ cdef class Fanout:
 
     cdef int _settle(self, list left) except -1:
         """What the plan leaves to do. No Python code runs meanwhile, so the collector must not come either."""
-        cdef bint collects = PyGC_Disable() != 0
+        cdef int collects = WSF_HOLD_COLLECTOR()
         try:
             self._settle_all(left)
         finally:
-            if collects:
-                PyGC_Enable()
+            WSF_LET_COLLECTOR(collects)
         return 0
 
     cdef int _settle_all(self, list left) except -1:
@@ -751,7 +780,7 @@ cdef class Fanout:
     def shed(self, now_ns):
         self.check()
         for link in self.waiting():
-            self.ask_one(link, now_ns)
+            self.ask(link, now_ns)
         self.fanout.now_ns = now_ns
         wsf_fanout_shed(self.fanout)
         self.tell()
@@ -761,13 +790,20 @@ cdef class Fanout:
         return self.fanout.report_count != 0
 
     def take_reports(self):
-        cdef list taken = []
-        cdef wsf_report *entry
-        for i in range(self.fanout.report_count):
-            entry = &self.fanout.reports[i]
-            taken.append((<object>entry.link.handle, entry.what, entry.cause, entry.messages, entry.bytes, entry.age_s))
-        self.fanout.report_count = 0
-        return taken
+        cdef list links = [None] * self.fanout.report_count  # this may run finalisers, and links be forgotten
+        cdef uint32_t i, count = self.fanout.report_count
+        cdef wsf_report *reports = self.fanout.reports
+        self.fanout.reports = NULL
+        self.fanout.report_count = self.fanout.report_capacity = 0
+        try:
+            for i in range(count):
+                links[i] = <object>reports[i].link.handle
+            return [
+                (links[i], reports[i].what, reports[i].cause, reports[i].messages, reports[i].bytes, reports[i].age_s)
+                for i in range(count)
+            ]
+        finally:
+            PyMem_RawFree(reports)
 
     def stats(self):
         cdef wsf_totals *totals = &self.fanout.totals

@@ -263,6 +263,8 @@ static uint32_t drop_front(wsf_fanout *fanout, wsf_link *link, uint64_t keep_byt
             dropped.age_s = age_s(fanout, first->created_ns);
         wsf_entry entry = wsf_outbox_pop(&link->outbox, &fanout->account);
         dropped.bytes += first->payload_size;
+        if (cause == WSF_BY_END)
+            link->lost_bytes += wsf_entry_frame(entry)->size;
         resolve(fanout, entry, &tally_of(entry)->dropped);
         wsf_frame_release(wsf_entry_frame(entry));
     }
@@ -423,11 +425,9 @@ static int make_way(wsf_fanout *fanout, wsf_link *link, wsf_frame *frame)
     if (limits->policy != WSF_DROP_NEWEST) {
         uint64_t keep_bytes = limits->low_bytes > frame->size ? limits->low_bytes - frame->size : 0;
         message->tally.displaced += drop_front(fanout, link, keep_bytes, OF_ANY_AGE, WSF_BY_BYTES);
-        if (link->outbox.count == 0 || judged_bytes(fanout, link) + frame->size <= limits->max_bytes)
-            return 1;
-    } else {
-        link->facts |= WSF_SHEDDING;
+        return 1;
     }
+    link->facts |= WSF_SHEDDING;
     fanout->totals.dropped[WSF_BY_BYTES]++;
     report(fanout, (wsf_report){link, WSF_DROPPED, WSF_BY_BYTES, 1, message->payload_size, 0});
     return 0;
@@ -460,7 +460,7 @@ void wsf_fanout_shed(wsf_fanout *fanout)
     const int64_t enough = (int64_t)(fanout->limits.max_total_bytes - fanout->limits.max_total_bytes / 8);
     int drops = fanout->limits.policy != WSF_KEEP && fanout->limits.policy != WSF_DISCONNECT;
     uint32_t count = fanout->waiting_count;
-    int64_t leaving = 0; /* bytes in the transports of those who are given up: they are charged until they have gone */
+    int64_t leaving = 0; /* bytes in the transports of those who are given up: they are charged until they are forgotten */
     if (!wsf_fanout_is_over(fanout) || count == 0)
         return;
     /* The order of `waiting` itself means nothing. */
@@ -471,10 +471,10 @@ void wsf_fanout_shed(wsf_fanout *fanout)
         (void)drop_all(fanout, fanout->waiting[i], WSF_BY_BUDGET);
     for (uint32_t i = 0; i < count && WSF_ADD64(&fanout->account, 0) - leaving > enough; i++) {
         wsf_link *link = fanout->waiting[i];
-        if ((link->facts & WSF_OPEN) && wsf_link_bytes(link) != 0)
-            give_up(fanout, link, WSF_BY_BUDGET);
-        if (!(link->facts & WSF_OPEN))
-            leaving += copied_bytes(link);
+        if (wsf_link_bytes(link) == 0)
+            continue;
+        give_up(fanout, link, WSF_BY_BUDGET); /* also who is closing: that it has what it has is no excuse */
+        leaving += copied_bytes(link);
     }
 }
 

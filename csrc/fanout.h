@@ -64,6 +64,7 @@ typedef struct wsf_link {
     uint64_t room_mark;    /* somebody waits until no more bytes than this wait for it, or it is closed; see WSF_NO_MARK */
     struct wsf_link *next_roomy;
     int is_roomy; /* it is in `roomy` */
+    uint64_t lost_bytes; /* of the frames that its end has dropped */
     PyObject *record;      /* borrowed; its address is what a link is found by */
     PyObject *handle;      /* borrowed: what the owner of the fan-out knows the link by */
 } wsf_link;
@@ -185,14 +186,10 @@ wsf_message *wsf_fanout_take_decided(wsf_fanout *fanout);
  * and would make the policy act. */
 static inline int wsf_link_is_doubtful(const wsf_fanout *fanout, const wsf_link *link, uint64_t size, int64_t now_ns)
 {
-    if (link->in_transport == 0 || !(link->facts & WSF_OPEN))
-        return 0;
-    if (fanout->limits.policy == WSF_DISCONNECT)
-        return wsf_link_bytes(link) + size > fanout->limits.max_bytes;
     /* It may be over its limit for long: a millisecond is not old. */
-    return (fanout->limits.policy == WSF_DROP_NEWEST || fanout->limits.policy == WSF_DROP_OLDEST) &&
-           now_ns - link->asked_ns > 1000000 &&
-           ((link->facts & WSF_SHEDDING) || wsf_link_bytes(link) + size > fanout->limits.max_bytes);
+    return (link->facts & (WSF_BLOCKED | WSF_OPEN)) == (WSF_BLOCKED | WSF_OPEN) && link->in_transport != 0 &&
+           ((link->facts & WSF_SHEDDING) || wsf_link_bytes(link) + size > fanout->limits.max_bytes) &&
+           now_ns - link->asked_ns > 1000000;
 }
 /* Close it for good. Everything in its outbox is dropped, and reported with this cause. */
 void wsf_link_close(wsf_fanout *fanout, wsf_link *link, int cause);

@@ -106,6 +106,7 @@ cdef extern from "fanout.h":
         wsf_outbox outbox
         uint64_t in_transport
         int keeps_views
+        uint64_t lost_bytes
         uint32_t variant
         uint64_t left_out_of
     ctypedef struct wsf_report:
@@ -135,6 +136,7 @@ cdef extern from "fanout.h":
         uint32_t count
     ctypedef struct wsf_fanout:
         int64_t account
+        wsf_limits limits
         wsf_totals totals
         wsf_line line
         wsf_line later
@@ -146,6 +148,7 @@ cdef extern from "fanout.h":
         int wants_reports
         wsf_report *reports
         uint32_t report_count
+        uint32_t report_capacity
         wsf_message *decided
         wsf_link *roomy
         int64_t now_ns

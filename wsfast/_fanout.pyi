@@ -102,6 +102,11 @@ class Link:
     @property
     def in_transport(self) -> int:
         """Bytes in its transport when that was last asked."""
+    @property
+    def lost_bytes(self) -> int:
+        """Of the frames that were dropped because it was closed."""
+    def ask(self) -> None:
+        """Ask its transport how much it has, if it is blocked."""
     def watch(self, bytes: int) -> None:
         """Call ``has_room`` once, when no more than so many bytes wait for it, or it is closed; at once if so."""
     # ---- facts, told by the adapter

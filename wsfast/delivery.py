@@ -25,6 +25,7 @@ loop: when to flush, what goes through a transport instead, who waits for what.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Hashable, Iterable
@@ -252,13 +253,14 @@ class Delivery:
         # How many connections the manager has added to the registry and removed from it, after those before its time.
         self._admitted, self._forgotten = (0, 0) if len(registry) else registry.changes()
         self._variants: dict[Hashable, int] = {}
-        # Links to which only the library can send.
+        # Links to which only the library can send, and those to which it is sending.
         self._by_library: set[Link] = set()
+        self._worked_off: set[Link] = set()
         self._flush_handle: asyncio.Handle | None = None
         self._window: asyncio.Handle | None = None
         self._window_until = 0.0
         self._look: asyncio.TimerHandle | None = None
-        self._is_flushing = False
+        self._is_flushing = self._is_shedding = False
         # What was kept when nothing was in line.
         self._kept_bytes = 0
         # Calls of send that are under way.
@@ -512,13 +514,15 @@ class Delivery:
             self._shed()
 
     def _shed(self) -> None:
-        """Take from those for whom most waits. Those who are being closed are not waited for any longer."""
-        fanout = self._fanout
-        for link in fanout.waiting():
-            if not link.is_open and link.record is not None:
-                self._give_up(link.record, True)
-        fanout.shed(monotonic_ns())
-        self._publish()
+        """Take from those for whom most waits."""
+        if self._is_shedding:  # what subscribers send because of it waits for the next time
+            return
+        self._is_shedding = True
+        try:
+            self._fanout.shed(monotonic_ns())
+            self._publish()
+        finally:
+            self._is_shedding = False
 
     # ---- flushing
 
@@ -548,7 +552,7 @@ class Delivery:
 
     def _buffered(self, link: Link) -> int:
         """The core's question how many bytes a transport has."""
-        if link in self._by_library or link.ws is None:
+        if link in self._worked_off or link.ws is None:
             return link.in_transport
         try:
             return adapter_for(link.ws).buffered(link.ws)
@@ -587,7 +591,7 @@ class Delivery:
             self._publish()
         if fanout.has_waiting:
             self._begin_to_look()
-            if fanout.is_over:
+            if fanout.is_over and not fanout.in_line:
                 self._shed()
 
     def _hand_to_transport(self, link: Link, data: bytes | memoryview) -> Exception | None:
@@ -639,6 +643,7 @@ class Delivery:
 
     def _send_by_library(self, link: Link, ws: object, adapter: Adapter) -> None:
         link.block(1)  # it waits for the library, however much that has
+        self._worked_off.add(link)
         task = asyncio.get_running_loop().create_task(self._work_off(link, ws, adapter))
         self._senders.add(task)
         task.add_done_callback(self._senders.discard)
@@ -657,6 +662,8 @@ class Delivery:
                     record.sent(nbytes)
         except Exception as error:
             self._fail(link, error)
+        finally:
+            self._worked_off.discard(link)
         link.writable()
 
     def _fail(self, link: Link, error: Exception) -> None:
@@ -737,32 +744,24 @@ class Delivery:
 
     # ---- the end
 
-    async def finish_by_library(self, link: Link) -> None:
-        """Wait until the library has sent what waits for a connection, if nobody else can."""
-        if link in self._by_library:
-            await self.drained(link, None)
+    def is_by_library(self, link: Link) -> bool:
+        """Whether only the library can send to a connection, so that :meth:`finish` can do nothing."""
+        return link in self._by_library
 
-    async def drained(self, link: Link, timeout_s: float | None) -> bool:
-        """Wait until nothing waits for a connection, or it is closed; whether that came within *timeout_s*."""
-        try:
+    async def drained(self, link: Link, timeout_s: float) -> None:
+        """Wait until nothing waits for a connection, it is closed, or *timeout_s* has passed."""
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while link.is_open and link.bytes:
                     if not link.is_waiting:  # it may be for the end of a window
                         self._fanout.end_window()
                         self._schedule()
                     await self._wait_for_room(link, 0)
-        except TimeoutError:
-            return False
-        return True
 
     def unsent(self, link: Link) -> list[int]:
         """The sizes of the frames that wait for a connection, in their order; what its transport has is one."""
-        in_transport = self.in_transport(link)
+        in_transport = self._buffered(link) if link.is_blocked else 0
         return [in_transport, *link.sizes()] if in_transport else link.sizes()
-
-    def in_transport(self, link: Link) -> int:
-        """How many bytes the transport of a connection has that is blocked."""
-        return self._buffered(link) if link.is_blocked else 0
 
     def stats(self) -> dict[str, int]:
         """Totals, see ``ConnectionManager.stats``."""

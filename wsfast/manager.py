@@ -59,6 +59,9 @@ must not connect again by itself, or the two would push each other out for ever.
 # 128 bits: nobody guesses a client id that the manager made.
 _GENERATED_ID_BYTES = 16
 
+# How long a handler that has returned waits for its library to send what was queued before.
+_LAST_WORDS_S = 10.0
+
 # What asynchronous subscribers may take for their last events after the connections are closed.
 _EVENTS_GRACE_S = 1.0
 
@@ -432,11 +435,8 @@ class ConnectionManager:
             self._registry.remove(record)
             return
         record.status = ConnectionStatus.CLOSING
-        self._delivery.finish(attachment.link)
         try:
-            await attachment.adapter.close(attachment.ws, code, reason)
-        except TimeoutError:
-            attachment.cut_off()
+            await attachment.close(code, reason)
         except Exception as error:
             raise PeerFailed(record.client_id, error) from error
         finally:
@@ -610,8 +610,8 @@ class ConnectionManager:
 
     async def _close_and_report(self, attachment: Attachment, undelivered: list[Undelivered]) -> None:
         attachment.unsent = self._delivery.unsent(attachment.link)
-        left = await _close_quietly(attachment, Closed(self._drain.code, self._drain.reason, "us"))
-        undelivered += attachment.undelivered(left)
+        await _close_quietly(attachment, Closed(self._drain.code, self._drain.reason, "us"))
+        undelivered += attachment.undelivered()
 
     def _cut_off(self, undelivered: list[Undelivered]) -> int:
         """End at once what is left, and let go of everything. Returns how many were left."""
@@ -619,12 +619,9 @@ class ConnectionManager:
         for attachment in left:
             if attachment.unsent is None:  # its close has not begun
                 attachment.unsent = self._delivery.unsent(attachment.link)
-                nbytes = sum(attachment.unsent)
-                attachment.cut_off()
-            else:
-                nbytes = attachment.cut_off()
-            undelivered += attachment.undelivered(nbytes)
+            attachment.cut_off()
             attachment.end(Closed(self._drain.code, self._drain.reason, "us"))
+            undelivered += attachment.undelivered()
         for task in self._farewells:
             task.cancel()
         self._delivery.close()
@@ -651,6 +648,7 @@ class Attachment:
         record: of the connection, from the start of the block.
         ended: whether it is unregistered.
         unsent: the sizes of the frames that waited for it when its manager began to close it; None before.
+        left_bytes: in its transport at its end.
     """
 
     __slots__ = (
@@ -660,6 +658,7 @@ class Attachment:
         "ended",
         "fields",
         "gives_way",
+        "left_bytes",
         "link",
         "manager",
         "record",
@@ -680,6 +679,7 @@ class Attachment:
         self.gives_way = False
         self.ended = False
         self.unsent: list[int] | None = None
+        self.left_bytes = 0
 
     async def __aenter__(self) -> Connection:
         return self.manager._admit(self)
@@ -687,29 +687,43 @@ class Attachment:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None and not self.ended:
-            await self.manager._delivery.finish_by_library(self.link)
         # If nobody has closed it yet, this is what the library is about to do.
-        self.end(Closed(1000, "", "us") if error is None else Closed(1011, "", "us"))
+        closed = Closed(1000 if error is None else 1011, "", "us")
+        delivery = self.manager._delivery
+        if error is None and not self.ended and delivery.is_by_library(self.link):
+            last_words = self.last_words()
+            self.manager._registry.remove(self.record)  # nothing more is for it
+            try:
+                await delivery.drained(self.link, _LAST_WORDS_S)
+            finally:
+                self.end(closed, last_words)
+        self.end(closed)
 
     def lost(self) -> None:
         """The adapter's message that the connection has ended."""
         self.end(Closed())
 
-    def cut_off(self) -> int:
-        """End the connection at once. Returns how many bytes its transport still had."""
-        left = self.manager._delivery.in_transport(self.link)
+    async def close(self, code: int, reason: str) -> None:
+        """Close the connection, behind what waits for it. Raises what its library does."""
+        self.manager._delivery.finish(self.link)
+        try:
+            await self.adapter.close(self.ws, code, reason)
+        except TimeoutError:
+            self.cut_off()
+
+    def cut_off(self) -> None:
+        """End the connection at once."""
+        self.link.ask()  # afterwards, its transport does not know any more what it had
         try:
             self.adapter.abort(self.ws)
         except Exception:
             logger.exception("cannot cut off %r", self.record.client_id)
-        return left
 
-    def undelivered(self, nbytes: int) -> list[Undelivered]:
-        """What was not delivered, if that is the last *nbytes* of what was to be: nothing, or one entry."""
+    def undelivered(self) -> list[Undelivered]:
+        """What was not delivered of `unsent`, now that it has ended: nothing, or one entry."""
         unsent = self.unsent or []
-        left = min(nbytes, sum(unsent))
-        messages, nbytes = 0, left
+        nbytes = left = min(sum(unsent), self.left_bytes + self.link.lost_bytes)
+        messages = 0
         while left > 0:
             messages += 1
             left -= unsent[-messages]
@@ -733,6 +747,10 @@ class Attachment:
         # If the connection lives on for a moment, it gets what waits for it before it is closed.
         manager._delivery.finish(self.link)
         closed = self.adapter.closed(self.ws) or otherwise
+        if not closed.is_clean:
+            # What is behind the close frame was not to be delivered. Before one is written, there is nothing.
+            close_frame = 4 + len(closed.reason.encode()) if closed.by == "us" else 0
+            self.left_bytes = max(0, self.link.in_transport - close_frame)
         wanted = manager._events.wants(ConnectionClosed)
         if wanted and last_words is None:
             last_words = self.last_words()
@@ -745,25 +763,19 @@ class Attachment:
         manager._delivery.forget(self.link)
         if wanted and last_words is not None:
             duration_s = (manager._registry.now_ns() - record.created_ns) / 1e9
-            manager._events.publish(ConnectionClosed(record, *closed, duration_s, **last_words))
+            manager._events.publish(ConnectionClosed(record, *closed[:3], duration_s, **last_words))
 
 
-async def _close_quietly(attachment: Attachment, closed: Closed) -> int:
-    """Close a connection. Returns how many bytes its transport still had if it had to be cut off."""
-    left = 0
-    attachment.manager._delivery.finish(attachment.link)
+async def _close_quietly(attachment: Attachment, closed: Closed) -> None:
     try:
-        await attachment.adapter.close(attachment.ws, closed.code, closed.reason)
+        await attachment.close(closed.code, closed.reason)
     except asyncio.CancelledError:
         attachment.cut_off()
         raise
-    except TimeoutError:
-        left = attachment.cut_off()
     except Exception as error:
         logger.warning("cannot close %r, cutting it off: %r", attachment.record.client_id, error)
-        left = attachment.cut_off()
+        attachment.cut_off()
     attachment.end(closed)
-    return left
 
 
 def _make_registry(name: str, shards: int, **limits: int) -> Registry:

@@ -1391,10 +1391,10 @@ static void shed(world *w)
     for (uint32_t i = 0; i < waiting; i++) {
         if ((account = expected_account(w)) - (int64_t)leaving <= (int64_t)enough)
             break;
-        if ((w->order[i]->facts & WSF_OPEN) && peer_bytes(w->order[i]) != 0)
-            must_give_up(w, w->order[i], WSF_BY_BUDGET);
-        if (!(w->order[i]->facts & WSF_OPEN))
-            leaving += copied_bytes(w->order[i]);
+        if (peer_bytes(w->order[i]) == 0)
+            continue;
+        must_give_up(w, w->order[i], WSF_BY_BUDGET);
+        leaving += copied_bytes(w->order[i]);
     }
     (void)account;
 }

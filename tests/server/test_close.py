@@ -152,6 +152,21 @@ class TestFakes:
         assert link.got == ["0", "1", "2"]
         assert (report.cut_off, report.undelivered) == (0, ())
 
+    async def test_what_only_the_library_can_send_and_does_not_is_reported(self) -> None:
+        manager = ConnectionManager(backpressure=KEEP)
+        await manager.start()
+        await manager.attach(link := FakeLink(None), "a").__aenter__()
+        link.gate.clear()
+        manager.broadcast_nowait("0")
+        await until(lambda: link_of(manager, manager.registry["a"]).is_blocked)
+        for _ in range(3):
+            manager.broadcast_nowait("123")  # frames of 5 bytes
+        report = await manager.close(timeout_s=0.1)
+        (undelivered,) = report.undelivered
+        assert undelivered.client_id == "a"
+        assert undelivered.messages >= 3
+        assert undelivered.nbytes >= 15
+
     async def test_nobody_is_sent_to_after_its_close_has_begun(self, monkeypatch: pytest.MonkeyPatch) -> None:
         gate = asyncio.Event()
 
@@ -276,6 +291,23 @@ class TestSlow:
                 assert (report.connections, report.cut_off, report.undelivered) == (1, 0, ())
             finally:
                 peer.reset()
+
+    async def test_who_resets_the_connection_has_not_got_it(self) -> None:
+        manager = ConnectionManager(backpressure=KEEP)
+        await manager.start()
+        async with serving(park, manager, compression=None, ping_interval=None, close_timeout=5) as url:
+            peer, conn = await slow_peer(url, manager)
+            ws = conn.conn
+            for _ in range(5):
+                manager.broadcast_nowait(bytes(100_000))
+                await asyncio.sleep(0)
+            closing = asyncio.create_task(manager.close(timeout_s=1.6))
+            await until(lambda: ws.protocol.close_sent is not None)
+            peer.reset()
+            report = await closing
+            (undelivered,) = report.undelivered
+            assert undelivered.messages == 5
+            assert 400_000 < undelivered.nbytes < 5 * 100_010
 
     async def test_what_is_delivered_in_part_is_reported_in_part(self) -> None:
         """A peer may read some of it after its close has begun, and then no more. What its transport has let go of has

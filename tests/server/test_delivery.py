@@ -14,6 +14,7 @@ from websockets.asyncio.server import ServerConnection
 from tests.server.conftest import FakeLink, RawPeer, Seen, client, received, serving, until
 from wsfast import (
     Backpressure,
+    ConnectionClosed,
     ConnectionManager,
     DuplicateConnection,
     InvalidSetting,
@@ -473,6 +474,32 @@ class TestSend:
             await until(lambda: link.aborted)
             assert failures == [SendFailed(conn, link.raises)]
             assert (conn.errors_out, conn.messages_out) == (1, 0)
+
+    @pytest.mark.parametrize("end", ["cancelled", "sent"])
+    async def test_a_block_that_is_left_waits_for_the_library_but_not_for_ever(
+        self, manager: ConnectionManager, fake_links: None, end: str
+    ) -> None:
+        closed = Seen(manager, ConnectionClosed)
+        attachment = manager.attach(link := FakeLink(None), "a")
+        conn = await attachment.__aenter__()
+        link.gate.clear()
+        manager.broadcast_nowait("1")
+        manager.broadcast_nowait("2")
+        leaving = asyncio.create_task(attachment.__aexit__(None, None, None))
+        await turns(5)
+        assert not leaving.done()
+        assert conn.client_id not in manager.registry
+        assert manager.broadcast_nowait("3").targets == 0  # nothing more is for it
+        if end == "cancelled":
+            leaving.cancel()
+            await asyncio.wait([leaving])
+            assert leaving.cancelled()
+        else:
+            link.gate.set()
+            await leaving
+            assert link.got == ["1", "2"]
+        assert [(event.conn, event.code) for event in closed] == [(conn, 1000)]  # type: ignore[attr-defined]
+        assert (manager.stats()["closed"], manager.stats()["queued_bytes"]) == (1, 0)
 
     async def test_a_slow_connection_that_drops_it(self, fake_links: None) -> None:
         slow = Backpressure(policy="drop_newest", max_bytes=100)

@@ -28,6 +28,8 @@ class Closed(NamedTuple):
     """Close code (RFC 6455, 7.4) of the side that closed; 1006 if there was no close frame."""
     reason: str = ""
     by: Literal["peer", "us", "network"] = "network"
+    is_clean: bool = False
+    """Whether both sides have sent a close frame (RFC 6455, 7.1.4): nothing that was sent before ours is on its way."""
 
 
 class Framing(NamedTuple):

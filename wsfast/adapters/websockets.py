@@ -106,10 +106,11 @@ class WebsocketsAdapter:
     def closed(self, ws: ServerConnection) -> Closed | None:
         protocol = ws.protocol
         sent, received = protocol.close_sent, protocol.close_rcvd
+        is_clean = sent is not None and received is not None
         if received is not None and (sent is None or protocol.close_rcvd_then_sent):
-            return Closed(received.code, received.reason, "peer")
+            return Closed(received.code, received.reason, "peer", is_clean)
         if sent is not None:
-            return Closed(sent.code, sent.reason, "us")
+            return Closed(sent.code, sent.reason, "us", is_clean)
         return None if self.is_open(ws) else Closed()
 
     def remote_address(self, ws: ServerConnection) -> str:
