@@ -49,7 +49,7 @@ class _Effort:
     repetitions: int
 
 
-_FULL = _Effort(4_000, 40, 200, repetitions=3)
+_FULL = _Effort(4_000, 40, 200, repetitions=5)
 _QUICK = _Effort(50, 2, 200, repetitions=1)
 
 
