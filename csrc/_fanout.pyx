@@ -72,14 +72,13 @@ THROUGH = WSF_THROUGH
 REST = WSF_REST
 FAILED = WSF_FAILED
 
-ctypedef void (*_count_native)(PyObject *record, uint64_t messages, uint64_t bytes) noexcept
-cdef _count_native _count_on_record = <_count_native>PyCapsule_Import("wsfast._core._count_sent", 0)
+cdef wsf_records *_records = <wsf_records *>PyCapsule_Import(WSF_RECORDS_CAPSULE, 0)
 
 
 cdef void _count(wsf_link *link, uint64_t messages, uint64_t bytes) noexcept:
     cdef Link handle = <Link>link.handle
     if handle.is_native:
-        _count_on_record(link.record, messages, bytes)
+        _records.sent(link.record, messages, bytes)
     else:  # its record is counted on by Python code, which must not run in the middle of this: see Fanout.tell
         if handle.sent_messages == 0:
             (<Fanout>handle.fanout).uncounted.append(handle)
@@ -227,6 +226,10 @@ cdef class Link:
         return self.link.facts & WSF_BLOCKED != 0
 
     @property
+    def is_between_fragments(self):
+        return self.link.facts & WSF_WAITS == WSF_FRAGMENT
+
+    @property
     def is_direct(self):
         return self.link.facts & (WSF_OPEN | WSF_DIRECT | WSF_UNSURE | WSF_WAITS) == WSF_OPEN | WSF_DIRECT
 
@@ -248,6 +251,34 @@ cdef class Link:
     @property
     def lost_bytes(self):
         return self.link.lost_bytes
+
+    @property
+    def peak_bytes(self):
+        return self.link.peak_bytes
+
+    @property
+    def pinged_ns(self):
+        return self.link.control_left_ns
+
+    @property
+    def holds_ping(self):
+        return self.link.is_held != 0
+
+    def take_ping(self):
+        cdef Fanout owner = self.of()
+        cdef bytes data
+        if owner is None or self.link.control == NULL:
+            return b""
+        data = PyBytes_FromStringAndSize(<char *>self.link.control.data, <Py_ssize_t>self.link.control.size)
+        owner.look_at_clock()
+        wsf_link_take_control(owner.fanout, self.link)
+        owner.tell()
+        return data
+
+    def pong(self, payload):
+        cdef Fanout owner = self.of()
+        if owner is not None:
+            owner.ponged(self, payload)
 
     def direct(self, fd):
         cdef int number = fd
@@ -320,26 +351,31 @@ cdef class Link:
 
     def peek(self, max_bytes):
         cdef wsf_outbox *outbox = &self.link.outbox
-        cdef uint64_t size = 0, most = <uint64_t>max_bytes
-        cdef uint32_t frames = 0
+        cdef wsf_frame *control = self.link.control
+        cdef uint64_t size = 0 if control == NULL else control.size
+        cdef uint64_t most = <uint64_t>max_bytes
+        cdef uint32_t frames = 0, place
         cdef wsf_frame *frame
         cdef bytes data
         cdef char *end
         while frames < outbox.count:
             frame = wsf_entry_frame(wsf_outbox_at(outbox, frames)[0])
-            if frames > 0 and size + frame.size > most:
+            if size > 0 and size + frame.size > most:
                 break
             size += frame.size
             frames += 1
-        if frames == 1:
+        if frames == 1 and control == NULL:
             return _bytes_of(wsf_entry_frame(wsf_outbox_at(outbox, 0)[0])), 1
         data = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>size)
         end = PyBytes_AS_STRING(data)
-        for i in range(frames):
-            frame = wsf_entry_frame(wsf_outbox_at(outbox, <uint32_t>i)[0])
+        if control != NULL:
+            memcpy(end, control.data, control.size)
+            end += control.size
+        for place in range(frames):
+            frame = wsf_entry_frame(wsf_outbox_at(outbox, place)[0])
             memcpy(end, frame.data, frame.size)
             end += frame.size
-        return data, frames
+        return data, frames + (control != NULL)
 
     def peek_message(self):
         cdef wsf_frame *frame
@@ -351,13 +387,16 @@ cdef class Link:
                                             <Py_ssize_t>(frame.size - frame.header_size))
         return payload.decode() if frame.data[0] & 0x0F == WSF_TEXT else payload
 
-    def commit(self, frames, in_transport, is_counted=False):
+    def commit(self, frames, in_transport):
         cdef Fanout owner = self.of()
         if owner is not None:
-            wsf_link_commit(
-                owner.fanout, self.link, <uint32_t>frames, <uint64_t>in_transport,
-                _count_nothing if is_counted else _count,
-            )
+            wsf_link_commit(owner.fanout, self.link, <uint32_t>frames, <uint64_t>in_transport, _count)
+            owner.tell()
+
+    def take_message(self, in_transport):
+        cdef Fanout owner = self.of()
+        if owner is not None:
+            wsf_link_commit_messages(owner.fanout, self.link, 1, <uint64_t>in_transport, _count_nothing)
             owner.tell()
 
     def fail(self, frames):
@@ -413,6 +452,8 @@ cdef class Fanout:
     cdef object hand_over  # all of which must go to its transport
     cdef object has_room  # that was watched, when there is room
     cdef object buffered  # returns how many bytes its transport has
+    cdef object held  # whose ping cannot leave, or can again
+    cdef object ponged  # and with the payload of a pong that has come
     cdef object clock  # None: the system's
     cdef list encoders  # of the variants from 1
     cdef list uncounted  # links of records that are not the core's, for which something was sent
@@ -420,7 +461,7 @@ cdef class Fanout:
     cdef size_t target_capacity
 
     def __cinit__(
-        self, *, wake_up, hand_over, has_room, buffered, policy, max_bytes, low_bytes, max_age_ns, max_total_bytes, helpers=0, clock=None
+        self, *, wake_up, hand_over, has_room, buffered, held, ponged, policy, max_bytes, low_bytes, max_age_ns, max_total_bytes, helpers=0, clock=None
     ):
         cdef wsf_limits limits
         memset(&limits, 0, sizeof(limits))
@@ -435,6 +476,8 @@ cdef class Fanout:
         self.wake_up = wake_up
         self.hand_over = hand_over
         self.has_room = has_room
+        self.held = held
+        self.ponged = ponged
         self.buffered = buffered
         self.clock = clock
         self.encoders = []
@@ -478,6 +521,8 @@ cdef class Fanout:
             self.tell_waiter(wsf_fanout_take_decided(self.fanout))
         while self.fanout.roomy != NULL:
             self.tell_room(<object>wsf_fanout_take_roomy(self.fanout).handle)
+        while self.fanout.holding != NULL:
+            self.tell_held(<object>wsf_fanout_take_holding(self.fanout).handle)
 
     cdef void tell_record(self, Link link) noexcept:
         messages, nbytes = link.sent_messages, link.sent_bytes
@@ -493,6 +538,9 @@ cdef class Fanout:
 
     cdef void tell_room(self, Link link) noexcept:
         self.has_room(link)
+
+    cdef void tell_held(self, Link link) noexcept:
+        self.held(link)
 
     cdef list doubtful(self, wsf_link **links, uint32_t count, Message message):
         """Those of them whom the policy would do something to, by figures that are old."""
@@ -594,6 +642,9 @@ cdef class Fanout:
     # ---- messages
 
     def message(self, payload, is_text, now_ns, key=None):
+        return self._message(payload, WSF_TEXT if is_text else WSF_BINARY, now_ns, key)
+
+    cdef Message _message(self, payload, uint8_t opcode, now_ns, key):
         cdef Message message = Message.__new__(Message)
         cdef int64_t created_ns = now_ns
         if key is not None:
@@ -606,7 +657,7 @@ cdef class Fanout:
         )
         if message.message == NULL:
             raise MemoryError
-        message.encode(0, WSF_TEXT if is_text else WSF_BINARY, payload)
+        message.encode(0, opcode, payload)
         return message
 
     def push(self, Message message not None, list records, left_out=(), is_late=False):
@@ -638,6 +689,22 @@ cdef class Fanout:
         wsf_fanout_push(self.fanout, links, count, message.frames, is_late)
         self.tell()
         return strangers
+
+    def ping(self, payload, list records, now_ns):
+        cdef Message message = self._message(payload, WSF_PING, now_ns, None)
+        cdef uint32_t count, i
+        self.check()
+        closed = []
+        count = self._find(records, closed)
+        wsf_fanout_push_control(self.fanout, self.targets, count, message.frames[0])
+        between = []
+        for i in range(count):
+            if not self.targets[i].facts & WSF_OPEN:
+                closed.append(<object>self.targets[i].record)
+            elif self.targets[i].facts & WSF_WAITS == WSF_FRAGMENT:
+                between.append(<object>self.targets[i].handle)
+        self.tell()
+        return between, closed
 
     cdef int _leave_out(self, list records) except -1:
         """Marks that hold for the next push, whichever it is: nothing may come in between."""
@@ -814,6 +881,7 @@ cdef class Fanout:
             "through": totals.through,
             "blocked": totals.blocked,
             "failed": totals.failed,
+            "pings": totals.controls,
             "conflated": totals.conflated,
             "dropped": tuple([totals.dropped[i] for i in range(WSF_CAUSES)]),
             "too_slow": tuple([totals.too_slow[i] for i in range(WSF_CAUSES)]),

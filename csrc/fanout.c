@@ -234,6 +234,53 @@ wsf_link *wsf_fanout_take_roomy(wsf_fanout *fanout)
     return link;
 }
 
+/* ---- control frames ------------------------------------------------------------------------------------------------------ */
+
+/* The owner is to know whether it is held. */
+static void note_held(wsf_fanout *fanout, wsf_link *link)
+{
+    link->is_held = link->has_control_in_transport || (link->control != NULL && (link->facts & WSF_BLOCKED));
+    if (link->is_holding || link->is_held == link->was_held)
+        return;
+    link->is_holding = 1;
+    link->next_holding = fanout->holding;
+    fanout->holding = link;
+}
+
+wsf_link *wsf_fanout_take_holding(wsf_fanout *fanout)
+{
+    wsf_link *link = fanout->holding;
+    if (link != NULL) {
+        fanout->holding = link->next_holding;
+        link->is_holding = 0;
+        link->was_held = link->is_held;
+    }
+    return link;
+}
+
+static void end_control(wsf_fanout *fanout, wsf_link *link, int is_in_transport)
+{
+    if (link->control != NULL)
+        wsf_frame_release(link->control);
+    link->control = NULL;
+    link->has_control_in_transport = (uint8_t)is_in_transport;
+    note_held(fanout, link);
+}
+
+/* It has been handed to the kernel, or to a transport. */
+static void control_left(wsf_fanout *fanout, wsf_link *link, int is_in_transport)
+{
+    fanout->totals.controls++;
+    link->control_left_ns = fanout->now_ns;
+    end_control(fanout, link, is_in_transport);
+}
+
+void wsf_link_take_control(wsf_fanout *fanout, wsf_link *link)
+{
+    if (link->control != NULL)
+        control_left(fanout, link, link->has_control_in_transport); /* an older one may be there still */
+}
+
 void wsf_link_watch(wsf_fanout *fanout, wsf_link *link, uint64_t bytes)
 {
     if (link->room_mark == WSF_NO_MARK || link->room_mark < bytes)
@@ -282,6 +329,12 @@ static uint32_t drop_all(wsf_fanout *fanout, wsf_link *link, int cause)
     return drop_front(fanout, link, 0, INT64_MAX, cause);
 }
 
+static void note_peak(wsf_link *link)
+{
+    uint64_t bytes = wsf_link_bytes(link);
+    link->peak_bytes = bytes > link->peak_bytes ? bytes : link->peak_bytes;
+}
+
 /* ---- facts --------------------------------------------------------------------------------------------------------------- */
 
 static void begin_waiting(wsf_fanout *fanout, wsf_link *link)
@@ -296,7 +349,10 @@ static void begin_waiting(wsf_fanout *fanout, wsf_link *link)
             *entry |= WSF_QUEUED;
         }
     }
+    note_peak(link);
 }
+
+static int has_something(const wsf_link *link) { return link->outbox.count != 0 || link->control != NULL; }
 
 static void end_waiting(wsf_fanout *fanout, wsf_link *link)
 {
@@ -305,7 +361,7 @@ static void end_waiting(wsf_fanout *fanout, wsf_link *link)
     last->waiting_at = link->waiting_at;
     if (wsf_link_bytes(link) <= fanout->limits.low_bytes)
         link->facts &= ~(uint32_t)WSF_SHEDDING;
-    if (link->outbox.count != 0)
+    if (has_something(link))
         line_push(fanout, &fanout->line, link, WSF_IN_LINE);
 }
 
@@ -315,6 +371,7 @@ void wsf_link_set(wsf_fanout *fanout, wsf_link *link, uint32_t facts)
     link->facts |= facts;
     if (!(before & WSF_WAITS) && (facts & WSF_WAITS))
         begin_waiting(fanout, link);
+    note_held(fanout, link);
 }
 
 /* Bytes that the transport has copied. What it has not is the first that it writes, and charged as a frame. */
@@ -341,9 +398,14 @@ static void set_in_transport(wsf_fanout *fanout, wsf_link *link, uint64_t in_tra
 void wsf_link_clear(wsf_fanout *fanout, wsf_link *link, uint32_t facts)
 {
     uint32_t before = link->facts;
-    if (facts & WSF_BLOCKED)
+    if (facts & WSF_BLOCKED) {
         set_in_transport(fanout, link, 0);
+        if (link->has_control_in_transport)
+            link->control_left_ns = fanout->now_ns;
+        link->has_control_in_transport = 0;
+    }
     link->facts &= ~facts;
+    note_held(fanout, link);
     if ((before & WSF_WAITS) && !(link->facts & WSF_WAITS))
         end_waiting(fanout, link);
 }
@@ -356,17 +418,19 @@ void wsf_link_block(wsf_fanout *fanout, wsf_link *link, uint64_t in_transport)
     }
     set_in_transport(fanout, link, in_transport);
     wsf_link_set(fanout, link, WSF_BLOCKED);
+    note_peak(link);
 }
 
 void wsf_link_close(wsf_fanout *fanout, wsf_link *link, int cause)
 {
     link->facts &= ~(uint32_t)(WSF_OPEN | WSF_DIRECT);
+    end_control(fanout, link, 0);
     (void)drop_all(fanout, link, cause);
 }
 
 void wsf_fanout_forget(wsf_fanout *fanout, wsf_link *link)
 {
-    WSF_ASSERT(!(link->facts & WSF_OPEN) && link->outbox.count == 0);
+    WSF_ASSERT(!(link->facts & WSF_OPEN) && link->outbox.count == 0 && link->control == NULL);
     for (wsf_link **at = &fanout->roomy; link->is_roomy; at = &(*at)->next_roomy)
         if (*at == link) {
             *at = link->next_roomy;
@@ -374,6 +438,12 @@ void wsf_fanout_forget(wsf_fanout *fanout, wsf_link *link)
             break;
         }
     wsf_link_clear(fanout, link, WSF_WAITS);
+    for (wsf_link **at = &fanout->holding; link->is_holding; at = &(*at)->next_holding)
+        if (*at == link) {
+            *at = link->next_holding;
+            link->is_holding = 0;
+            break;
+        }
     line_leave(fanout, &fanout->line, link, WSF_IN_LINE);
     line_leave(fanout, &fanout->later, link, WSF_LATER);
     withdraw_reports(fanout, link);
@@ -506,6 +576,8 @@ static int replace(wsf_fanout *fanout, wsf_link *link, wsf_frame *frame)
         tally->displaced += drop_front(fanout, link, fanout->limits.max_bytes, OF_ANY_AGE, WSF_BY_BYTES);
         tally->displaced -= tally->dropped - dropped;
     }
+    if (link->facts & WSF_WAITS)
+        note_peak(link);
     note_room(fanout, link);
     return 1;
 }
@@ -537,6 +609,7 @@ static int append(wsf_fanout *fanout, wsf_link *link, wsf_frame *frame, int is_l
     }
     if (waits) {
         tally->queued++;
+        note_peak(link);
     } else {
         tally->pending++;
         get_in_line(fanout, link, is_late);
@@ -574,6 +647,25 @@ void wsf_fanout_push(wsf_fanout *fanout, wsf_link *const *links, uint32_t count,
     }
 }
 
+void wsf_fanout_push_control(wsf_fanout *fanout, wsf_link *const *links, uint32_t count, wsf_frame *frame)
+{
+    fanout->now_ns = frame->message->created_ns;
+    for (uint32_t i = 0; i < count; i++) {
+        wsf_link *link = links[i];
+        if (i + AHEAD < count)
+            WSF_PREFETCH_WRITE(links[i + AHEAD]);
+        if (!(link->facts & WSF_OPEN))
+            continue;
+        wsf_frame_retain(frame, 1);
+        if (link->control != NULL)
+            wsf_frame_release(link->control);
+        link->control = frame;
+        if (!(link->facts & WSF_WAITS))
+            get_in_line(fanout, link, 0);
+        note_held(fanout, link);
+    }
+}
+
 /* ---- plan --------------------------------------------------------------------------------------------------------------------- */
 
 static int same_frames(wsf_outbox *a, wsf_outbox *b)
@@ -586,20 +678,26 @@ static int same_frames(wsf_outbox *a, wsf_outbox *b)
     return 1;
 }
 
-/* All frames of an outbox in one piece of the arena; NULL: there is no room. */
-static const uint8_t *join(wsf_fanout *fanout, wsf_outbox *outbox)
+static uint8_t *add_piece(uint8_t *end, const wsf_frame *frame)
 {
+    memcpy(end, frame->data, frame->size);
+    return end + frame->size;
+}
+
+/* All that a job has to send in one piece of the arena; NULL: there is no room. */
+static const uint8_t *join(wsf_fanout *fanout, const wsf_job *job)
+{
+    wsf_outbox *outbox = &job->link->outbox;
     if (fanout->arena == NULL)
         fanout->arena = PyMem_RawMalloc(ARENA_BYTES);
-    if (fanout->arena == NULL || ARENA_BYTES - fanout->arena_used < outbox->bytes)
+    if (fanout->arena == NULL || ARENA_BYTES - fanout->arena_used < job->size)
         return NULL;
     uint8_t *data = fanout->arena + fanout->arena_used, *end = data;
-    for (uint32_t place = 0; place < outbox->count; place++) {
-        const wsf_frame *frame = wsf_entry_frame(*wsf_outbox_at(outbox, place));
-        memcpy(end, frame->data, frame->size);
-        end += frame->size;
-    }
-    fanout->arena_used += outbox->bytes;
+    if (job->control != NULL)
+        end = add_piece(end, job->control);
+    for (uint32_t place = 0; place < outbox->count; place++)
+        end = add_piece(end, wsf_entry_frame(*wsf_outbox_at(outbox, place)));
+    fanout->arena_used += job->size;
     return data;
 }
 
@@ -610,17 +708,21 @@ static void plan_job(wsf_fanout *fanout, wsf_job *job, wsf_link *link)
         return;
     wsf_outbox *outbox = &link->outbox;
     job->frames = outbox->count;
-    job->size = outbox->bytes;
+    job->control = link->control;
+    job->size = outbox->bytes + (job->control == NULL ? 0 : job->control->size);
     job->direct = (link->facts & (WSF_DIRECT | WSF_UNSURE)) == WSF_DIRECT;
-    if (!job->direct || outbox->count == 0)
+    if (!job->direct || job->size == 0)
         return;
     const wsf_job *before = job == fanout->jobs ? NULL : job - 1;
-    if (outbox->count == 1)
+    if (outbox->count == 0)
+        job->data = job->control->data;
+    else if (outbox->count == 1 && job->control == NULL)
         job->data = wsf_entry_frame(*wsf_outbox_at(outbox, 0))->data;
-    else if (before != NULL && before->data != NULL && before->direct && same_frames(outbox, &before->link->outbox))
+    else if (before != NULL && before->data != NULL && before->direct && before->control == job->control &&
+             same_frames(outbox, &before->link->outbox))
         job->data = before->data;
-    else if (outbox->bytes <= WSF_JOIN_BYTES)
-        job->data = join(fanout, outbox);
+    else if (job->size <= WSF_JOIN_BYTES)
+        job->data = join(fanout, job);
 }
 
 uint32_t wsf_fanout_plan(wsf_fanout *fanout)
@@ -665,10 +767,14 @@ static int64_t send_piece(int fd, const uint8_t *data, size_t size)
     return outcome(result);
 }
 
-/* The frames from `place` on, as many as fit one call. Returns how many bytes they are. */
-static size_t list_pieces(wsf_outbox *outbox, uint32_t *place, struct msghdr *header)
+/* The frames from `place` on, behind `control`, as many as fit one call. Returns how many bytes they are. */
+static size_t list_pieces(wsf_outbox *outbox, wsf_frame *control, uint32_t *place, struct msghdr *header)
 {
     size_t size = 0, count = 0;
+    if (control != NULL) {
+        header->msg_iov[count++] = (struct iovec){control->data, control->size};
+        size = control->size;
+    }
     for (; *place < outbox->count && count < MAX_PIECES; ++*place, count++) {
         wsf_frame *frame = wsf_entry_frame(*wsf_outbox_at(outbox, *place));
         header->msg_iov[count] = (struct iovec){frame->data, frame->size};
@@ -678,14 +784,15 @@ static size_t list_pieces(wsf_outbox *outbox, uint32_t *place, struct msghdr *he
     return size;
 }
 
-static int64_t send_frames(int fd, wsf_outbox *outbox)
+static int64_t send_frames(int fd, wsf_outbox *outbox, wsf_frame *control)
 {
     struct iovec pieces[MAX_PIECES];
     struct msghdr header = {.msg_iov = pieces};
     int64_t sent = 0;
     for (uint32_t place = 0; place < outbox->count;) {
-        size_t size = list_pieces(outbox, &place, &header);
+        size_t size = list_pieces(outbox, control, &place, &header);
         ssize_t result;
+        control = NULL;
         do
             result = sendmsg(fd, &header, MSG_DONTWAIT | MSG_NOSIGNAL);
         while (result < 0 && errno == EINTR);
@@ -707,10 +814,10 @@ static void carry_out(void *argument)
         end = WSF_ADD64(&fanout->taken, chunk);
         for (int64_t i = end - chunk; i < end && i < count; i++) {
             wsf_job *job = &fanout->jobs[i];
-            if (!job->direct || job->frames == 0)
+            if (!job->direct || job->size == 0)
                 continue;
             job->sent = job->data != NULL ? send_piece(job->link->fd, job->data, job->size)
-                                          : send_frames(job->link->fd, &job->link->outbox);
+                                          : send_frames(job->link->fd, &job->link->outbox, job->control);
         }
     } while (end < count && wsf_monotonic_ns() < fanout->deadline_ns);
 }
@@ -766,6 +873,8 @@ static void count_sent(wsf_fanout *fanout, wsf_link *link, uint64_t messages, ui
 void wsf_link_fail(wsf_fanout *fanout, wsf_link *link, uint32_t frames)
 {
     fanout->totals.failed++;
+    if (link->control != NULL && frames != 0)
+        frames--;
     for (; frames != 0 && link->outbox.count != 0; frames--) {
         wsf_entry entry = wsf_outbox_pop(&link->outbox, &fanout->account);
         resolve(fanout, entry, &tally_of(entry)->failed);
@@ -774,7 +883,18 @@ void wsf_link_fail(wsf_fanout *fanout, wsf_link *link, uint32_t frames)
     wsf_link_close(fanout, link, WSF_BY_END);
 }
 
-/* The socket did not take all: the frame that was begun, or the next one, goes to the transport. */
+/* The socket did not take all of the control frame, which goes to the transport. */
+static void cut_control(wsf_fanout *fanout, wsf_link *link, uint64_t sent, wsf_remainder *remainder)
+{
+    remainder->frame = link->control;
+    remainder->offset = (size_t)sent;
+    remainder->is_shared = 0;
+    wsf_frame_retain(remainder->frame, 1);
+    control_left(fanout, link, 1);
+    wsf_link_block(fanout, link, remainder->frame->size - remainder->offset);
+}
+
+/* The same for the frame of the outbox that was begun, or the next one. */
 static void cut_short(wsf_fanout *fanout, wsf_link *link, uint64_t sent, wsf_remainder *remainder, wsf_count count)
 {
     uint64_t before = link->outbox.bytes, payload_bytes = 0;
@@ -806,14 +926,23 @@ static int settle_job(wsf_fanout *fanout, const wsf_job *job, wsf_count count, w
     fanout->totals.writes++;
     if (job->sent < 0) {
         remainder->error = (int)-job->sent;
-        wsf_link_fail(fanout, link, job->frames);
+        wsf_link_fail(fanout, link, job->frames + (job->control != NULL));
         return WSF_FAILED;
     }
-    if ((uint64_t)job->sent < job->size) {
-        cut_short(fanout, link, (uint64_t)job->sent, remainder, count);
+    uint64_t sent = (uint64_t)job->sent;
+    if (job->control != NULL) {
+        if (sent < job->control->size) {
+            cut_control(fanout, link, sent, remainder);
+            return WSF_REST;
+        }
+        sent -= job->control->size;
+        control_left(fanout, link, 0);
+    }
+    if (sent < link->outbox.bytes) {
+        cut_short(fanout, link, sent, remainder, count);
         return WSF_REST;
     }
-    uint32_t messages = take_sent(fanout, link, job->size, &payload_bytes);
+    uint32_t messages = take_sent(fanout, link, sent, &payload_bytes);
     count_sent(fanout, link, messages, payload_bytes, count);
     link->facts &= ~(uint32_t)WSF_SHEDDING;
     note_room(fanout, link);
@@ -829,7 +958,7 @@ int wsf_fanout_settle(wsf_fanout *fanout, wsf_count count, wsf_remainder *remain
         if (job->link == NULL)
             continue;
         job->link->facts &= ~(uint32_t)WSF_IN_LINE;
-        if (job->frames == 0)
+        if (job->size == 0)
             continue;
         remainder->what = settle_job(fanout, job, count, remainder);
         if (remainder->what != WSF_DONE)
@@ -842,6 +971,15 @@ int wsf_fanout_settle(wsf_fanout *fanout, wsf_count count, wsf_remainder *remain
 }
 
 void wsf_link_commit(wsf_fanout *fanout, wsf_link *link, uint32_t frames, uint64_t in_transport, wsf_count count)
+{
+    if (link->control != NULL && frames != 0) {
+        control_left(fanout, link, in_transport != 0);
+        frames--;
+    }
+    wsf_link_commit_messages(fanout, link, frames, in_transport, count);
+}
+
+void wsf_link_commit_messages(wsf_fanout *fanout, wsf_link *link, uint32_t frames, uint64_t in_transport, wsf_count count)
 {
     uint64_t payload_bytes = 0;
     uint32_t messages = 0;
@@ -858,7 +996,7 @@ void wsf_link_commit(wsf_fanout *fanout, wsf_link *link, uint32_t frames, uint64
         return;
     }
     note_room(fanout, link);
-    if (link->outbox.count != 0 && !(link->facts & WSF_WAITS))
+    if (has_something(link) && !(link->facts & WSF_WAITS))
         line_push(fanout, &fanout->line, link, WSF_IN_LINE);
 }
 
@@ -891,7 +1029,11 @@ static void check_link(wsf_fanout *fanout, wsf_link *link)
     WSF_ASSERT(!waits || fanout->waiting[link->waiting_at] == link);
     WSF_ASSERT(!waits || !(link->facts & WSF_IN_LINE));
     WSF_ASSERT(link->in_transport == 0 || (link->facts & WSF_BLOCKED));
-    WSF_ASSERT((link->facts & WSF_OPEN) || (outbox->count == 0 && !(link->facts & WSF_DIRECT)));
+    WSF_ASSERT((link->facts & WSF_OPEN) || (outbox->count == 0 && link->control == NULL && !(link->facts & WSF_DIRECT)));
+    WSF_ASSERT(!link->has_control_in_transport || (link->facts & WSF_BLOCKED));
+    WSF_ASSERT(link->control == NULL || (link->facts & (WSF_WAITS | WSF_IN_LINE)));
+    WSF_ASSERT(link->is_held == (link->has_control_in_transport || (link->control != NULL && (link->facts & WSF_BLOCKED))));
+    WSF_ASSERT(link->is_holding || link->is_held == link->was_held);
     wsf_outbox_check(outbox);
     for (uint32_t place = 0; place < outbox->count; place++) {
         wsf_entry entry = *wsf_outbox_at(outbox, place);

@@ -15,6 +15,9 @@
  * tells when it has got rid of it; whole frames stay in the outbox, where they are shared and can still be replaced or
  * dropped. Limits are judged where frames are appended to a blocked link, and by wsf_fanout_expire and wsf_fanout_shed.
  *
+ * A link may have one control frame besides, a ping, which leaves before all that waits in the outbox; a newer one takes its
+ * place. It counts for no limit. While it cannot leave, and while it is in a transport that is not empty, it is *held*.
+ *
  * Guaranteed: frames leave a link in the order in which they were pushed (a replaced one in its place).
  * Threads: the event loop's only, except send.
  */
@@ -65,6 +68,12 @@ typedef struct wsf_link {
     struct wsf_link *next_roomy;
     int is_roomy; /* it is in `roomy` */
     uint64_t lost_bytes; /* of the frames that its end has dropped */
+    uint64_t peak_bytes; /* most that ever waited for it */
+    wsf_frame *control;      /* owned; NULL: there is none */
+    int64_t control_left_ns; /* when the last one left us */
+    uint8_t has_control_in_transport, is_held, was_held; /* was: when the owner took it from `holding` */
+    uint8_t is_holding; /* it is in `holding` */
+    struct wsf_link *next_holding;
     PyObject *record;      /* borrowed; its address is what a link is found by */
     PyObject *handle;      /* borrowed: what the owner of the fan-out knows the link by */
 } wsf_link;
@@ -109,6 +118,7 @@ typedef struct {
     uint64_t through;         /* flushes of one link through its adapter */
     uint64_t blocked;         /* times that a socket or transport did not take all */
     uint64_t failed;          /* writes */
+    uint64_t controls;        /* control frames, which are no messages */
     uint64_t dropped[WSF_CAUSES], conflated, too_slow[WSF_CAUSES];
 } wsf_totals;
 
@@ -124,6 +134,7 @@ typedef struct {
     const uint8_t *data; /* what to send, in one piece; NULL: the frames in the outbox; and see `direct` */
     size_t size;
     uint32_t frames; /* of the outbox that this is about */
+    wsf_frame *control; /* borrowed from the link; before them */
     int direct;      /* 0: to be sent through the adapter */
     int64_t sent;    /* bytes, or -errno */
 } wsf_job;
@@ -152,6 +163,7 @@ typedef struct wsf_fanout {
      * and links that have as much room as somebody waits for. */
     wsf_message *decided;
     wsf_link *roomy;
+    wsf_link *holding; /* links whose control frame is held since they were taken off, or not any more */
     /* the plan */
     wsf_job jobs[WSF_BATCH];
     uint32_t job_count, settled;
@@ -182,6 +194,7 @@ void wsf_link_watch(wsf_fanout *fanout, wsf_link *link, uint64_t bytes);
 /* Take one off, or NULL. */
 wsf_link *wsf_fanout_take_roomy(wsf_fanout *fanout);
 wsf_message *wsf_fanout_take_decided(wsf_fanout *fanout);
+wsf_link *wsf_fanout_take_holding(wsf_fanout *fanout);
 /* Whether the transport should be asked how much it has before a frame of this size is pushed: what is known may be old,
  * and would make the policy act. */
 static inline int wsf_link_is_doubtful(const wsf_fanout *fanout, const wsf_link *link, uint64_t size, int64_t now_ns)
@@ -199,6 +212,10 @@ void wsf_link_close(wsf_fanout *fanout, wsf_link *link, int cause);
  * of the turn. A link refuses it, and the message's tally has it as dropped, if the link is closed, the policy says so, or
  * there is no memory. */
 void wsf_fanout_push(wsf_fanout *fanout, wsf_link *const *links, uint32_t count, wsf_frame *const *frames, int is_late);
+/* Give each of these links a control frame. Those that are closed are left out. */
+void wsf_fanout_push_control(wsf_fanout *fanout, wsf_link *const *links, uint32_t count, wsf_frame *frame);
+/* The control frame is written elsewhere. An older one that waits in the transport is held still. */
+void wsf_link_take_control(wsf_fanout *fanout, wsf_link *link);
 /* The window of coalesced broadcasts ends. */
 void wsf_fanout_end_window(wsf_fanout *fanout);
 
@@ -223,9 +240,12 @@ typedef struct {
  * what was sent. */
 int wsf_fanout_settle(wsf_fanout *fanout, wsf_count count, wsf_remainder *remainder);
 
-/* The first frames of the outbox have been handed to the transport, which still has in_transport bytes of them. */
+/* The control frame, if there is one, and the first frames of the outbox have been handed to the transport, which still has
+ * in_transport bytes of them. */
 void wsf_link_commit(wsf_fanout *fanout, wsf_link *link, uint32_t frames, uint64_t in_transport, wsf_count count);
-/* The first frames could not be written: they have failed, and the link is closed. */
+/* The same for frames of the outbox alone. */
+void wsf_link_commit_messages(wsf_fanout *fanout, wsf_link *link, uint32_t frames, uint64_t in_transport, wsf_count count);
+/* The same could not be written: the frames of the outbox among them have failed, and the link is closed. */
 void wsf_link_fail(wsf_fanout *fanout, wsf_link *link, uint32_t frames);
 
 /* Judge the links that wait by age. */

@@ -18,6 +18,7 @@ cdef extern from "frame.h":
     enum:
         WSF_TEXT
         WSF_BINARY
+        WSF_PING
         WSF_RSV1
     ctypedef struct wsf_tally:
         uint32_t targets
@@ -43,6 +44,12 @@ cdef extern from "frame.h":
     wsf_frame *wsf_frame_new(wsf_message *message, uint8_t first_bits, const void *payload, size_t size) noexcept
     void wsf_frame_release(wsf_frame *frame) noexcept
     void wsf_frame_keep(wsf_frame *frame, PyObject *bytes) noexcept
+
+
+cdef extern from "records.h":
+    const char *WSF_RECORDS_CAPSULE
+    ctypedef struct wsf_records:
+        void (*sent)(PyObject *record, uint64_t messages, uint64_t bytes) noexcept
 
 
 cdef extern from "outbox.h":
@@ -107,6 +114,10 @@ cdef extern from "fanout.h":
         uint64_t in_transport
         int keeps_views
         uint64_t lost_bytes
+        uint64_t peak_bytes
+        wsf_frame *control
+        int64_t control_left_ns
+        unsigned char is_held
         uint32_t variant
         uint64_t left_out_of
     ctypedef struct wsf_report:
@@ -129,6 +140,7 @@ cdef extern from "fanout.h":
         uint64_t through
         uint64_t blocked
         uint64_t failed
+        uint64_t controls
         uint64_t dropped[4]
         uint64_t conflated
         uint64_t too_slow[4]
@@ -151,6 +163,7 @@ cdef extern from "fanout.h":
         uint32_t report_capacity
         wsf_message *decided
         wsf_link *roomy
+        wsf_link *holding
         int64_t now_ns
         uint32_t job_count
     ctypedef struct wsf_remainder:
@@ -163,6 +176,9 @@ cdef extern from "fanout.h":
     void wsf_link_watch(wsf_fanout *fanout, wsf_link *link, uint64_t bytes) noexcept
     wsf_link *wsf_fanout_take_roomy(wsf_fanout *fanout) noexcept
     wsf_message *wsf_fanout_take_decided(wsf_fanout *fanout) noexcept
+    wsf_link *wsf_fanout_take_holding(wsf_fanout *fanout) noexcept
+    void wsf_fanout_push_control(wsf_fanout *fanout, wsf_link **links, uint32_t count, wsf_frame *frame) noexcept
+    void wsf_link_take_control(wsf_fanout *fanout, wsf_link *link) noexcept
     bint wsf_link_is_doubtful(const wsf_fanout *fanout, const wsf_link *link, uint64_t size, int64_t now_ns) noexcept
     uint64_t wsf_link_bytes(const wsf_link *link) noexcept
     wsf_fanout *wsf_fanout_new(const wsf_limits *limits) noexcept
@@ -182,6 +198,8 @@ cdef extern from "fanout.h":
     int wsf_fanout_settle(wsf_fanout *fanout, wsf_count count, wsf_remainder *remainder) noexcept
     void wsf_link_commit(wsf_fanout *fanout, wsf_link *link, uint32_t frames, uint64_t in_transport,
                          wsf_count count) noexcept
+    void wsf_link_commit_messages(wsf_fanout *fanout, wsf_link *link, uint32_t frames, uint64_t in_transport,
+                                  wsf_count count) noexcept
     void wsf_link_fail(wsf_fanout *fanout, wsf_link *link, uint32_t frames) noexcept
     void wsf_fanout_expire(wsf_fanout *fanout) noexcept
     void wsf_fanout_shed(wsf_fanout *fanout) noexcept

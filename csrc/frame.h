@@ -16,7 +16,7 @@
 
 #include "platform.h"
 
-enum { WSF_TEXT = 1, WSF_BINARY = 2 }; /* opcodes */
+enum { WSF_TEXT = 1, WSF_BINARY = 2, WSF_PING = 9 }; /* opcodes */
 #define WSF_RSV1 0x40
 #define WSF_MAX_HEADER 10
 

@@ -89,6 +89,9 @@ class Link:
     @property
     def is_blocked(self) -> bool: ...
     @property
+    def is_between_fragments(self) -> bool:
+        """Whether nothing but a fragmented message of the application keeps messages from being sent."""
+    @property
     def is_direct(self) -> bool:
         """Whether a flush now would write to the socket itself."""
     @property
@@ -105,6 +108,17 @@ class Link:
     @property
     def lost_bytes(self) -> int:
         """Of the frames that were dropped because it was closed."""
+    @property
+    def peak_bytes(self) -> int:
+        """Most that ever waited in its outbox, while it was blocked, and in its transport."""
+    @property
+    def pinged_ns(self) -> int:
+        """When the last ping was handed to the kernel; 0: none was."""
+    @property
+    def holds_ping(self) -> bool:
+        """Whether a ping cannot leave: it waits behind what is in the transport."""
+    def take_ping(self) -> _bytes:
+        """The frame of the ping that waits, to be written by the caller; empty: there is none."""
     def ask(self) -> None:
         """Ask its transport how much it has, if it is blocked."""
     def watch(self, bytes: int) -> None:
@@ -128,14 +142,18 @@ class Link:
         is."""
     def close(self) -> None:
         """No data message may be sent any more; what waits is dropped."""
+    def pong(self, payload: _bytes) -> None:
+        """A pong has come."""
     # ---- what goes through the adapter
     def peek(self, max_bytes: int) -> tuple[_bytes, int]:
-        """The first frames in one piece, at least one and no more than fit *max_bytes*, and how many they are."""
+        """The first frames in one piece, a ping before all others, at least one and no more than fit *max_bytes*; and
+        how many they are."""
     def peek_message(self) -> str | _bytes | None:
         """The first message as a library's ``send`` takes it; None: there is none."""
-    def commit(self, frames: int, in_transport: int, is_counted: bool = False) -> None:
-        """So many of the first frames were handed over, and the transport still has so many bytes. They are counted on
-        the record unless *is_counted*."""
+    def commit(self, frames: int, in_transport: int) -> None:
+        """So many of the first frames were handed over, and the transport still has so many bytes."""
+    def take_message(self, in_transport: int) -> None:
+        """The first message is handed to the library, which has so many bytes then. It is not counted on the record."""
     def fail(self, frames: int) -> None:
         """So many of the first frames could not be written: the connection is broken."""
 
@@ -148,6 +166,8 @@ class Fanout:
         hand_over: called with a link all of whose outbox must go to its transport now.
         has_room: called with a link that is watched.
         buffered: called with a link before a policy is applied to it; returns how many bytes its transport has.
+        held: called with a link whose ping cannot leave, or no longer cannot; see ``Link.holds_ping``.
+        ponged: called with a link and the payload of a pong.
         policy: one of ``POLICIES``.
         max_bytes, low_bytes: of one connection: the most that may wait, and where dropping ends.
         max_age_ns: how long it may wait.
@@ -163,6 +183,8 @@ class Fanout:
         hand_over: Callable[[Link], object],
         has_room: Callable[[Link], object],
         buffered: Callable[[Link], int],
+        held: Callable[[Link], object],
+        ponged: Callable[[Link, bytes], object],
         policy: int,
         max_bytes: int,
         low_bytes: int,
@@ -197,6 +219,15 @@ class Fanout:
 
         Returns:
             The records that have no link.
+        """
+    def ping(
+        self, payload: bytes, records: list[ConnectionMeta], now_ns: int
+    ) -> tuple[list[Link], list[ConnectionMeta]]:
+        """Send a ping to each record that has a link, before all that waits, and in the place of one that still waits.
+
+        Returns:
+            Those in the middle of a fragmented message, for which ``Link.take_ping`` can be written to the transport;
+            and those that have no link, or whose link is closed.
         """
     @property
     def in_line(self) -> int:

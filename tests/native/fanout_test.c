@@ -2,6 +2,7 @@
  * [SEED]; see harness.h.
  *
  * Parts: frames; outbox (random sequences against an array, with allocations that fail); jobs (each way a plan can send);
+ * controls (what may happen to a control frame, case by case);
  * random and crowd (random programs on few links and on many with a pool, against a model of every link, message, report
  * and total); pool; fork.
  *
@@ -67,7 +68,7 @@ static size_t spell_header(uint8_t first_bits, uint64_t size, uint8_t *out)
     return 2 + extended;
 }
 
-static const uint8_t every_first_bits[] = {WSF_TEXT, WSF_BINARY, WSF_TEXT | WSF_RSV1, WSF_BINARY | WSF_RSV1};
+static const uint8_t every_first_bits[] = {WSF_TEXT, WSF_BINARY, WSF_TEXT | WSF_RSV1, WSF_BINARY | WSF_RSV1, WSF_PING};
 
 static void check_frame(uint8_t first_bits, size_t size)
 {
@@ -365,7 +366,7 @@ static void open_pair(int *ends, bool is_tcp, bool is_small)
 
 /* ---- the model of a fan-out --------------------------------------------------------------------------------------- */
 
-enum { LETTERS = 80, VARIANTS = 3, MOST_ITEMS = 1500, MOST_REPORTS = 4096 };
+enum { LETTERS = 80, PINGS = 40, VARIANTS = 3, MOST_ITEMS = 1500, MOST_REPORTS = 4096 };
 
 /* A message. It lives as long as the test holds it, or an entry has one of its frames. */
 typedef struct {
@@ -385,6 +386,15 @@ typedef struct {
     bool queued;
 } item;
 
+/* A control frame. It lives as long as the test holds it, or a link has it. */
+typedef struct {
+    wsf_frame *frame; /* NULL: there is none */
+    uint8_t encoded[2 + 125];
+    size_t size;
+    int64_t links;
+    bool is_held;
+} ping;
+
 /* A connection: the link, the model of it, a transport that writes what it has later, and the other end. */
 typedef struct {
     wsf_link *link; /* NULL: there is none */
@@ -395,6 +405,11 @@ typedef struct {
     uint64_t in_transport, shared, mark;
     letter *rest; /* of whose frame the transport has `shared` bytes that it has not copied */
     int64_t blocked_ns;
+    ping *control;
+    int64_t control_left_ns;
+    bool has_control_in_transport;
+    bool was_held, is_news; /* whether it was held as far as the owner knows, and whether that is to be told anew */
+    uint64_t peak;
     bool is_left_out, is_direct;
     int fd, far_fd; /* far_fd -1: the peer has gone */
     bytes expected, transport;
@@ -414,6 +429,7 @@ typedef struct {
     wsf_fanout *fanout;
     wsf_pool *pool;
     letter letters[LETTERS];
+    ping pings[PINGS];
     peer *peers, **line, **later, **order;
     uint32_t line_count, later_count, waiting_count, links;
     wsf_totals totals;
@@ -461,9 +477,18 @@ static void bury(letter *l)
         l->encoded[variant].size = 0;
 }
 
+static void bury_ping(ping *g)
+{
+    if (!g->is_held && g->links == 0)
+        g->frame = NULL;
+}
+
 static int64_t expected_account(const world *w)
 {
     int64_t sum = 0;
+    for (uint32_t i = 0; i < PINGS; i++)
+        if (w->pings[i].frame != NULL)
+            sum += (int64_t)(sizeof(wsf_message) + sizeof(wsf_frame) + w->pings[i].size);
     for (uint32_t i = 0; i < LETTERS; i++) {
         const letter *l = &w->letters[i];
         sum += l->message == NULL ? 0 : (int64_t)sizeof *l->message;
@@ -515,6 +540,50 @@ static void leave_line(world *w, peer *p)
     if (p->facts & WSF_IN_LINE)
         leave(w->line, &w->line_count, p);
     p->facts &= ~(uint32_t)WSF_IN_LINE;
+}
+
+static bool is_held(const peer *p)
+{
+    return p->has_control_in_transport || (p->control != NULL && (p->facts & WSF_BLOCKED) != 0);
+}
+
+/* It is told once, however often it changes before it is asked for. */
+static void must_note_held(peer *p)
+{
+    p->is_news = p->is_news || is_held(p) != p->was_held;
+}
+
+static void must_note_peak(peer *p)
+{
+    p->peak = peer_bytes(p) > p->peak ? peer_bytes(p) : p->peak;
+}
+
+static void must_have_control(peer *p, ping *g)
+{
+    ping *former = p->control;
+    if (g != NULL)
+        g->links++;
+    p->control = g;
+    if (former != NULL) {
+        former->links--;
+        bury_ping(former);
+    }
+}
+
+static void must_drop_control(peer *p)
+{
+    must_have_control(p, NULL);
+    p->has_control_in_transport = false;
+    must_note_held(p);
+}
+
+static void must_let_control_leave(world *w, peer *p, bool is_in_transport)
+{
+    must_have_control(p, NULL);
+    p->control_left_ns = w->now_ns;
+    p->has_control_in_transport = is_in_transport;
+    must_note_held(p);
+    w->totals.controls++;
 }
 
 /* The item leaves pending or queued. */
@@ -571,6 +640,8 @@ static void must_begin_waiting(world *w, peer *p)
         p->items[i].of->tally.queued++;
         p->items[i].queued = true;
     }
+    must_note_peak(p);
+    must_note_held(p);
 }
 
 static void must_set(world *w, peer *p, uint32_t facts)
@@ -579,6 +650,7 @@ static void must_set(world *w, peer *p, uint32_t facts)
     p->facts |= facts;
     if (!before && waits(p))
         must_begin_waiting(w, p);
+    must_note_held(p);
 }
 
 static void must_have_in_transport(peer *p, uint64_t in_transport)
@@ -597,14 +669,19 @@ static void must_clear(world *w, peer *p, uint32_t facts)
 {
     bool before = waits(p);
     p->facts &= ~facts;
-    if (facts & WSF_BLOCKED)
+    if (facts & WSF_BLOCKED) {
         must_have_in_transport(p, 0);
+        if (p->has_control_in_transport)
+            p->control_left_ns = w->now_ns;
+        p->has_control_in_transport = false;
+    }
+    must_note_held(p);
     if (!before || waits(p))
         return;
     w->waiting_count--;
     if (peer_bytes(p) <= w->limits.low_bytes)
         p->facts &= ~(uint32_t)WSF_SHEDDING;
-    if (p->count != 0)
+    if (p->count != 0 || p->control != NULL)
         stand_in_line(w, p);
 }
 
@@ -616,11 +693,13 @@ static void must_block(world *w, peer *p, uint64_t in_transport)
     }
     must_have_in_transport(p, in_transport);
     must_set(w, p, WSF_BLOCKED);
+    must_note_peak(p);
 }
 
 static void must_close(world *w, peer *p, int cause)
 {
     p->facts &= ~(uint32_t)(WSF_OPEN | WSF_DIRECT);
+    must_drop_control(p);
     (void)must_drop(w, p, 0, INT64_MAX, cause, NULL);
 }
 
@@ -690,6 +769,8 @@ static bool must_replace(world *w, peer *p, letter *l)
     *(p->items[at].queued ? &l->tally.queued : &l->tally.pending) += 1;
     if (waits(p) && p->count > 1 && judged_bytes(w, p) > w->limits.max_bytes)
         l->tally.displaced += must_drop(w, p, w->limits.max_bytes, INT64_MIN, WSF_BY_BYTES, l);
+    if (waits(p))
+        must_note_peak(p);
     return true;
 }
 
@@ -731,6 +812,7 @@ static void must_take(world *w, peer *p, letter *l, bool is_late)
     }
     if (waits(p)) {
         l->tally.queued++;
+        must_note_peak(p);
         CHECK(w->limits.policy == WSF_KEEP || judged_bytes(w, p) <= w->limits.max_bytes ||
               judged_bytes(w, p) <= before || p->count == 1);
     } else {
@@ -759,10 +841,17 @@ static void check_peer(const world *w, const peer *p)
 {
     wsf_link *link = p->link;
     bool must_be_in_line = p->count != 0 && !waits(p);
+    bool may_not_be_late = p->control != NULL && !waits(p);
     CHECK(link->facts == p->facts && link->outbox.count == p->count && link->in_transport == p->in_transport);
     CHECK(wsf_link_bytes(link) == peer_bytes(p) && link->outbox.capacity == p->ring_capacity);
     CHECK(!(p->facts & WSF_BLOCKED) || link->blocked_ns == p->blocked_ns);
     CHECK(!must_be_in_line || (p->facts & (WSF_IN_LINE | WSF_LATER)));
+    CHECK(!may_not_be_late || (p->facts & WSF_IN_LINE));
+    CHECK(link->control == (p->control == NULL ? NULL : p->control->frame));
+    CHECK(link->control_left_ns == p->control_left_ns);
+    CHECK(link->peak_bytes == p->peak);
+    CHECK(link->is_held == is_held(p) && link->was_held == p->was_held);
+    CHECK(link->is_holding == p->is_news);
     CHECK(p->told_messages == p->counted_messages && p->told_bytes == p->counted_bytes);
     for (uint32_t i = 0; i < p->count; i++) {
         wsf_entry entry = *wsf_outbox_at(&link->outbox, i);
@@ -819,10 +908,33 @@ static void check_told(world *w)
     }
 }
 
+/* Those whose control frame is held now or not any more, each once, and nobody else. */
+static void check_holding(world *w)
+{
+    for (wsf_link *link; (link = wsf_fanout_take_holding(w->fanout)) != NULL;) {
+        peer *p = (peer *)(void *)link->handle;
+        CHECK(p->link == link && p->is_news && link->is_held == is_held(p));
+        p->is_news = false;
+        p->was_held = is_held(p);
+    }
+    for (uint32_t i = 0; i < w->size->peers; i++)
+        CHECK(!w->peers[i].is_news);
+}
+
+static void check_ping(const ping *g)
+{
+    static const wsf_tally nothing;
+    CHECK(g->frame->size == g->size && memcmp(g->frame->data, g->encoded, g->size) == 0);
+    CHECK(g->frame->references == g->links + g->is_held && g->frame->message->references == 1);
+    CHECK(memcmp(&g->frame->message->tally, &nothing, sizeof nothing) == 0);
+}
+
 static void check_world(world *w)
 {
     int64_t messages = 0, frames = 0;
     check_told(w);
+    if (one_in(&w->random, 3))
+        check_holding(w);
     wsf_fanout_check(w->fanout);
     for (uint32_t i = 0; i < w->size->peers; i++)
         if (w->peers[i].link != NULL)
@@ -834,6 +946,13 @@ static void check_world(world *w)
         check_letter(&w->letters[i]);
         for (uint32_t variant = 0; variant < VARIANTS; variant++)
             frames += frame_lives(&w->letters[i], variant);
+    }
+    for (uint32_t i = 0; i < PINGS; i++) {
+        if (w->pings[i].frame == NULL)
+            continue;
+        messages++;
+        frames++;
+        check_ping(&w->pings[i]);
     }
     CHECK(wsf_live[WSF_LIVE_MESSAGE] == messages && wsf_live[WSF_LIVE_FRAME] == frames);
     CHECK(wsf_live[WSF_LIVE_LINK] == w->links && w->fanout->links.used == w->links);
@@ -962,6 +1081,9 @@ static void admit(world *w, peer *p)
     SHIM_REQUIRE(link != NULL);
     memset(link, 0, sizeof *link);
     p->facts = 0;
+    p->peak = 0;
+    p->control_left_ns = 0;
+    p->was_held = p->is_news = false;
     p->variant = w->is_round ? 0 : below(random, VARIANTS);
     p->mark = WSF_NO_MARK;
     p->is_direct = !one_in(random, 5);
@@ -1030,6 +1152,7 @@ static void forget(world *w, peer *p)
     if (p->facts & WSF_LATER)
         leave(w->later, &w->later_count, p);
     must_have_in_transport(p, 0);
+    p->was_held = p->is_news = false;
     w->links--;
     free(p->link);
     p->link = NULL;
@@ -1113,6 +1236,86 @@ static void push(world *w, letter *l, uint32_t targets, bool is_late)
     free(links);
 }
 
+static ping *new_ping(world *w, size_t size)
+{
+    for (uint32_t i = 0; i < PINGS; i++) {
+        ping *g = &w->pings[i];
+        if (g->frame != NULL)
+            continue;
+        const uint8_t *payload = w->payload + below(&w->random, 4096);
+        wsf_message *message = wsf_message_new(&w->fanout->account, w->now_ns, NULL, size);
+        g->frame = wsf_frame_new(message, WSF_PING, payload, size);
+        wsf_message_release(message);
+        g->is_held = true;
+        g->size = spell_header(9, size, g->encoded) + size;
+        memcpy(g->encoded + 2, payload, size);
+        return g;
+    }
+    return NULL;
+}
+
+static void release_ping(ping *g)
+{
+    wsf_frame *frame = g->frame;
+    g->is_held = false;
+    bury_ping(g);
+    wsf_frame_release(frame);
+}
+
+static void push_ping(world *w, wsf_link *const *links, uint32_t count, ping *g)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        peer *p = peer_of(links[i]);
+        if (!(p->facts & WSF_OPEN))
+            continue;
+        must_have_control(p, g);
+        if (!waits(p))
+            stand_in_line(w, p);
+        must_note_held(p);
+    }
+    inject_fault(1, true); /* it needs no memory */
+    wsf_fanout_push_control(w->fanout, links, count, g->frame);
+    CHECK(!end_faults());
+    CHECK(w->fanout->now_ns == g->frame->message->created_ns);
+    w->fanout->now_ns = w->now_ns;
+}
+
+static void some_ping(world *w)
+{
+    chance *random = &w->random;
+    ping *g = one_in(random, 4) ? &w->pings[below(random, PINGS)] : NULL;
+    if (g == NULL || g->frame == NULL || !g->is_held)
+        g = new_ping(w, one_in(random, 8) ? 125 * below(random, 2) : below(random, 126));
+    if (g == NULL)
+        return;
+    wsf_link **links = must_alloc(w->size->peers, sizeof *links);
+    uint32_t most = one_in(random, 2) ? 1 : 1 + below(random, w->size->peers), used = 0;
+    uint32_t first = below(random, w->size->peers);
+    for (uint32_t i = 0; i < w->size->peers && used < most; i++) {
+        const peer *p = &w->peers[(first + i) % w->size->peers];
+        if (p->link != NULL)
+            links[used++] = p->link;
+    }
+    push_ping(w, links, used, g);
+    free(links);
+    if (!one_in(random, 3))
+        release_ping(g);
+}
+
+/* The control frame is written by the application's library, at once. */
+static void take_ping(world *w, peer *p)
+{
+    uint8_t encoded[sizeof p->control->encoded];
+    const size_t size = p->control == NULL ? 0 : p->control->size;
+    if (size != 0) {
+        memcpy(encoded, p->control->encoded, size);
+        must_let_control_leave(w, p, p->has_control_in_transport);
+    }
+    wsf_link_take_control(w->fanout, p->link);
+    if (size != 0)
+        (void)library_write(w, p, encoded, size);
+}
+
 static void some_push(world *w)
 {
     chance *random = &w->random;
@@ -1129,30 +1332,28 @@ static void some_push(world *w)
         release_letter(l);
 }
 
-/* What an adapter does with what goes through it. */
-static void write_through(world *w, peer *p)
+/* They could not be written: a control frame is none of them, and goes with the link. */
+static void must_fail(world *w, peer *p, uint32_t frames)
 {
-    if (!(p->facts & WSF_OPEN) || p->count == 0)
-        return;
-    if (p->transport.size != 0) {
-        block(w, p, p->transport.size);
-        return;
+    w->totals.failed++;
+    must_drop_control(p);
+    for (; frames > 0; frames--) {
+        take_off(&p->items[0]);
+        p->items[0].of->tally.failed++;
+        remove_item(p, 0);
     }
-    p->link->facts &= ~(uint32_t)WSF_UNSURE;
-    p->facts &= ~(uint32_t)WSF_UNSURE;
-    uint32_t frames = 1 + below(&w->random, p->count);
-    if (p->far_fd < 0 && one_in(&w->random, 2)) {
-        wsf_link_fail(w->fanout, p->link, frames);
-        w->totals.failed++;
-        for (; frames > 0; frames--) {
-            take_off(&p->items[0]);
-            p->items[0].of->tally.failed++;
-            remove_item(p, 0);
-        }
-        must_close(w, p, WSF_BY_END);
-        return;
+    must_close(w, p, WSF_BY_END);
+}
+
+/* The transport is given so many frames, the control frame first if there is one. */
+static void write_frames(world *w, peer *p, uint32_t frames)
+{
+    const uint32_t controls = p->control != NULL;
+    if (controls != 0) {
+        bytes_add(&p->expected, p->control->encoded, p->control->size);
+        bytes_add(&p->transport, p->control->encoded, p->control->size);
     }
-    for (uint32_t i = 0; i < frames; i++) {
+    for (uint32_t i = 0; i < frames - controls; i++) {
         const bytes *data = &p->items[i].of->encoded[p->variant];
         bytes_add(&p->expected, data->data, data->size);
         bytes_add(&p->transport, data->data, data->size);
@@ -1161,7 +1362,9 @@ static void write_through(world *w, peer *p)
         return;
     const size_t left = p->transport.size;
     wsf_link_commit(w->fanout, p->link, frames, left, count);
-    for (uint32_t i = 0; i < frames; i++) {
+    if (controls != 0)
+        must_let_control_leave(w, p, left != 0);
+    for (uint32_t i = 0; i < frames - controls; i++) {
         letter *l = p->items[0].of;
         must_count(w, p, l);
         take_off(&p->items[0]);
@@ -1170,8 +1373,37 @@ static void write_through(world *w, peer *p)
     }
     if (left != 0)
         must_block(w, p, left);
-    else if (p->count != 0)
+    else if ((p->count != 0 || p->control != NULL) && !waits(p))
         stand_in_line(w, p);
+}
+
+/* What an adapter does with what goes through it. */
+static void write_through(world *w, peer *p)
+{
+    const uint32_t controls = p->control != NULL;
+    if (!(p->facts & WSF_OPEN) || p->count + controls == 0)
+        return;
+    if (p->transport.size != 0) {
+        block(w, p, p->transport.size);
+        return;
+    }
+    p->link->facts &= ~(uint32_t)WSF_UNSURE;
+    p->facts &= ~(uint32_t)WSF_UNSURE;
+    uint32_t frames = 1 + below(&w->random, p->count + controls);
+    if (p->far_fd < 0 && one_in(&w->random, 2)) {
+        wsf_link_fail(w->fanout, p->link, frames);
+        must_fail(w, p, frames - controls);
+        return;
+    }
+    write_frames(w, p, frames);
+}
+
+/* A connection is to end: its transport is given what waits, however much that has. */
+static void finish(world *w, peer *p)
+{
+    const uint32_t all = p->count + (p->control != NULL);
+    if ((p->facts & (WSF_OPEN | WSF_FRAGMENT)) == WSF_OPEN && all != 0)
+        write_frames(w, p, one_in(&w->random, 2) ? all : 1 + below(&w->random, all));
 }
 
 /* What becomes of a job, by what the socket took. Returns what is left to do. */
@@ -1179,9 +1411,11 @@ static int must_settle(world *w, const wsf_job *job, size_t *offset)
 {
     peer *p = peer_of(job->link);
     uint64_t left = job->sent < 0 ? 0 : (uint64_t)job->sent;
-    if (!(p->facts & WSF_OPEN) || p->count == 0)
+    const uint64_t control_size = p->control == NULL ? 0 : p->control->size;
+    if (!(p->facts & WSF_OPEN) || (p->count == 0 && p->control == NULL))
         return WSF_DONE;
-    CHECK(job->frames == p->count && job->size == peer_bytes(p) && left <= job->size);
+    CHECK(job->frames == p->count && job->size == peer_bytes(p) + control_size && left <= job->size);
+    CHECK(job->control == (p->control == NULL ? NULL : p->control->frame));
     CHECK(job->direct == ((p->facts & (WSF_DIRECT | WSF_UNSURE)) == WSF_DIRECT));
     if (!job->direct) {
         w->totals.through++;
@@ -1191,14 +1425,20 @@ static int must_settle(world *w, const wsf_job *job, size_t *offset)
     w->totals.writes++;
     if (job->sent < 0) {
         CHECK(p->far_fd < 0);
-        w->totals.failed++;
-        while (p->count != 0) {
-            take_off(&p->items[0]);
-            p->items[0].of->tally.failed++;
-            remove_item(p, 0);
-        }
-        must_close(w, p, WSF_BY_END);
+        must_fail(w, p, p->count);
         return WSF_FAILED;
+    }
+    if (p->control != NULL) {
+        bytes_add(&p->expected, p->control->encoded, p->control->size);
+        if (left < control_size) {
+            *offset = (size_t)left;
+            bytes_add(&p->transport, p->control->encoded + left, (size_t)(control_size - left));
+            must_let_control_leave(w, p, true);
+            must_block(w, p, control_size - left);
+            return WSF_REST;
+        }
+        left -= control_size;
+        must_let_control_leave(w, p, false);
     }
     while (p->count != 0 && p->items[0].of->encoded[p->variant].size <= left) {
         letter *l = p->items[0].of;
@@ -1253,7 +1493,7 @@ static void settle(world *w, int64_t carried_out)
         if (job.link == NULL)
             continue;
         peer *p = peer_of(job.link);
-        const letter *first = p->count == 0 ? NULL : p->items[0].of;
+        const bool has_something = p->count != 0 || p->control != NULL;
         leave_line(w, p);
         int what = must_settle(w, &job, &offset);
         if (what == WSF_DONE)
@@ -1266,7 +1506,7 @@ static void settle(world *w, int64_t carried_out)
             CHECK(remainder.error == -job.sent);
         if (what == WSF_REST) {
             size_t size = remainder.frame->size - remainder.offset;
-            CHECK(remainder.offset == offset && size == p->transport.size && first != NULL);
+            CHECK(remainder.offset == offset && size == p->transport.size && has_something);
             CHECK(memcmp(p->transport.data, remainder.frame->data + offset, size) == 0);
             CHECK(remainder.is_shared == (p->rest != NULL));
             wsf_frame_release(remainder.frame);
@@ -1424,7 +1664,7 @@ static void hang_up(world *w, peer *p)
 static void some_operation_on(world *w, peer *p)
 {
     chance *random = &w->random;
-    switch (below(random, 11)) {
+    switch (below(random, 13)) {
     case 0:
     case 1:
     case 2: (void)far_read(w, p, one_in(random, 4) ? SIZE_MAX : below(random, 5000)); return;
@@ -1442,6 +1682,11 @@ static void some_operation_on(world *w, peer *p)
         p->mark += below(random, 2000);
         wsf_link_watch(w->fanout, p->link, p->mark);
         return;
+    case 10: take_ping(w, p); return;
+    case 11:
+        if (one_in(random, 4))
+            finish(w, p);
+        return;
     default:
         if (one_in(random, 6)) {
             forget(w, p);
@@ -1458,11 +1703,18 @@ static void some_operation(world *w)
     peer *p = &w->peers[below(random, w->size->peers)];
     w->now_ns += w->is_round ? 100 * below(random, 2) : below(random, 100);
     w->fanout->now_ns = w->now_ns;
-    switch (below(random, 16)) {
+    switch (below(random, 18)) {
     case 0:
     case 1:
     case 2:
     case 3: some_push(w); return;
+    case 16: some_ping(w); return;
+    case 17: {
+        ping *g = &w->pings[below(random, PINGS)];
+        if (g->frame != NULL && g->is_held)
+            release_ping(g);
+        return;
+    }
     case 4:
     case 5:
     case 6: flush(w, one_in(random, 3) ? 0 : INT64_MAX); return;
@@ -1540,6 +1792,9 @@ static void close_world(world *w)
         free(w->peers[i].transport.data);
     }
     check_world(w);
+    for (uint32_t i = 0; i < PINGS; i++)
+        if (w->pings[i].frame != NULL)
+            release_ping(&w->pings[i]);
     for (uint32_t i = 0; i < LETTERS; i++) {
         if (w->letters[i].message != NULL)
             release_letter(&w->letters[i]);
@@ -1749,6 +2004,101 @@ static void run_gaps(const scale *size)
     close_world(w);
 }
 
+static void ping_one(world *w, peer *p, ping *g) { push_ping(w, &p->link, 1, g); }
+
+/* A control frame alone, with frames, shared with others, and before more than one call may list. */
+static void run_control_jobs(const scale *size)
+{
+    world *w = open_plain_world(size);
+    peer *p = w->peers;
+    letter *a = new_letter(w, 10, NO_KEY), *c = new_letter(w, WSF_JOIN_BYTES, NO_KEY), *l = new_letter(w, 58, NO_KEY);
+    ping *g = new_ping(w, 125), *other = new_ping(w, 0);
+    ping_one(w, &p[0], g);
+    for (uint32_t i = 1; i < 4; i++) {
+        push_to(w, &p[i], a);
+        ping_one(w, &p[i], i == 3 ? other : g);
+    }
+    push_to(w, &p[4], c);
+    ping_one(w, &p[4], g);
+    push_many(w, &p[5], l, 275);
+    ping_one(w, &p[5], g);
+    push_many(w, &p[6], l, 600);
+    ping_one(w, &p[6], other);
+    ping_one(w, &p[6], g); /* in the place of the one before */
+    uint32_t jobs = plan(w);
+    const wsf_job *job = w->fanout->jobs;
+    CHECK(jobs == 7 && job[0].data == g->frame->data && job[1].data == w->fanout->arena && job[2].data == job[1].data);
+    CHECK(job[3].data == job[1].data + job[1].size && job[3].size == 2 + 12);
+    for (uint32_t i = 4; i < 7; i++)
+        CHECK(job[i].data == NULL && job[i].control == g->frame);
+    carry_out(w, jobs, INT64_MAX);
+    CHECK(w->totals.controls == 7 && other->links == 0);
+    CHECK(w->totals.blocked == 0 && p[6].expected.size == 127 + 600 * 60);
+    check_world(w);
+    drain(w);
+    close_world(w);
+}
+
+/* Sockets that take less each time: at last one takes only some of a control frame, or none of it. */
+static void run_cut_controls(const scale *size)
+{
+    world *w = open_plain_world(size);
+    uint32_t in_control = 0;
+    for (uint32_t round = 0; round < 4000 && in_control < 20; round++) {
+        peer *p = &w->peers[below(&w->random, size->peers)];
+        ping *g = new_ping(w, below(&w->random, 126));
+        ping_one(w, p, g);
+        release_ping(g);
+        flush(w, INT64_MAX);
+        in_control += p->has_control_in_transport;
+        if (p->facts & WSF_BLOCKED) {
+            ping *next = new_ping(w, 7);
+            ping_one(w, p, next);
+            CHECK(is_held(p) && p->control == next);
+            take_ping(w, p);
+            CHECK(is_held(p)); /* the older one has not left */
+            release_ping(next);
+            check_world(w);
+            (void)far_read(w, p, SIZE_MAX);
+            transport_step(w, p);
+        }
+        check_world(w);
+    }
+    CHECK(in_control == 20);
+    drain(w);
+    close_world(w);
+}
+
+/* Some of what waits could not be written, the control frame first. */
+static void run_failed_control(const scale *size)
+{
+    world *w = open_plain_world(size);
+    letter *l = new_letter(w, 58, NO_KEY);
+    ping *g = new_ping(w, 4);
+    for (uint32_t frames = 1; frames <= 4; frames++) {
+        peer *p = &w->peers[frames];
+        push_many(w, p, l, 3);
+        ping_one(w, p, g);
+        wsf_link_fail(w->fanout, p->link, frames);
+        must_fail(w, p, frames - 1);
+        check_world(w);
+    }
+    CHECK(l->tally.failed == 6 && l->tally.dropped == 6 && w->totals.controls == 0 && g->links == 0);
+    close_world(w);
+}
+
+static void test_controls(uint64_t seed)
+{
+    static const scale few = {.peers = 7}, small = {.peers = 7, .is_small = true};
+    current_seed = seed;
+    make_keys();
+    run_control_jobs(&few);
+    run_cut_controls(&small);
+    run_failed_control(&few);
+    free_keys();
+    check_nothing_lives();
+}
+
 static void test_jobs(uint64_t seed)
 {
     static const scale few = {.peers = 7}, more = {.peers = 80}, crowd = {.peers = 33}, one = {.peers = 1},
@@ -1952,6 +2302,7 @@ int main(int argc, char **argv)
         {"frames", test_frames, 1},
         {"outbox", test_outbox, 2},
         {"jobs", test_jobs, 1},
+        {"controls", test_controls, 1},
         {"random", test_random, 2},
         {"crowd", test_crowd, 2},
         {"pool", test_pool, 1},
