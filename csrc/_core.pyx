@@ -602,12 +602,49 @@ cdef class ConnectionMeta:
         wsf_record_failed(&self.r, direction == "in")
 
 
-cdef void _count(PyObject *meta, uint64_t messages, uint64_t bytes) noexcept:
+cdef void _sent(PyObject *meta, uint64_t messages, uint64_t bytes) noexcept:
     wsf_record_sent(&(<ConnectionMeta>meta).r, messages, bytes)
 
 
-# For the fan-out, which counts what it has sent on thousands of records at a time.
-_count_sent = PyCapsule_New(<void *>_count, "wsfast._core._count_sent", NULL)
+cdef void _heartbeat(PyObject *meta, int64_t now_ns) noexcept:
+    wsf_record_touch(&(<ConnectionMeta>meta).r, now_ns, True)
+
+
+cdef void _expect(PyObject *meta) noexcept:
+    wsf_record_expect(&(<ConnectionMeta>meta).r)
+
+
+cdef int64_t _active_ns(PyObject *meta) noexcept:
+    return wsf_record_active(&(<ConnectionMeta>meta).r)
+
+
+cdef int _status_of(PyObject *meta) noexcept:
+    return wsf_record_status(&(<ConnectionMeta>meta).r)
+
+
+cdef void _set_status(PyObject *meta, int status) noexcept:
+    wsf_record_set_status(&(<ConnectionMeta>meta).r, <uint8_t>status)
+
+
+cdef void _set_deadline(PyObject *meta, int64_t deadline_ns) noexcept:
+    wsf_record_set_deadline(&(<ConnectionMeta>meta).r, deadline_ns)
+
+
+cdef void _set_quality(PyObject *meta, float latency, float jitter, float loss) noexcept:
+    wsf_record_set_quality(&(<ConnectionMeta>meta).r, latency, jitter, loss)
+
+
+# For the other modules of the core, which do this for thousands of records at a time.
+cdef wsf_records _calls
+_calls.sent = _sent
+_calls.heartbeat = _heartbeat
+_calls.expect = _expect
+_calls.active_ns = _active_ns
+_calls.status = _status_of
+_calls.set_status = _set_status
+_calls.set_deadline = _set_deadline
+_calls.set_quality = _set_quality
+_record_calls = PyCapsule_New(&_calls, WSF_RECORDS_CAPSULE, NULL)
 
 
 cdef object _refuse_record(PyTypeObject *kind, PyObject *args, PyObject *kwargs):

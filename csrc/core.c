@@ -592,6 +592,21 @@ int wsf_record_status(wsf_record *record)
     return status;
 }
 
+void wsf_record_expect(wsf_record *record)
+{
+#ifndef Py_GIL_DISABLED /* where there is a lock, nothing may be read without it */
+    if (!wsf_record_attached(record))
+        return;
+    const wsf_block *block = block_of(record);
+    uint32_t at = at_of(record);
+    WSF_PREFETCH(&block->active_ns[at]);
+    WSF_PREFETCH(&block->status[at]);
+    WSF_PREFETCH_WRITE(&block->deadline_ns[at]);
+#else
+    (void)record;
+#endif
+}
+
 int64_t wsf_record_active(wsf_record *record)
 {
     wsf_shard *shard = record->shard;
@@ -828,10 +843,22 @@ static int by_deadline(const void *left, const void *right)
     return (a > b) - (a < b);
 }
 
+/* How many blocks ahead a search for deadlines asks for memory. */
+#define BLOCKS_AHEAD 4
+
+static void expect_deadlines(const wsf_block *block)
+{
+    for (uint32_t at = 0; at < WSF_BLOCK_SLOTS; at += 64 / sizeof *block->deadline_ns)
+        WSF_PREFETCH_WRITE(&block->deadline_ns[at]);
+}
+
 static size_t due_locked(wsf_shard *shard, int64_t now_ns, wsf_due_entry *out, size_t room)
 {
     size_t used = 0;
     for (uint32_t number = 0; number < shard->block_count; number++) {
+        uint32_t ahead = number + BLOCKS_AHEAD;
+        if (ahead < shard->block_count && shard->earliest_ns[ahead] <= now_ns)
+            expect_deadlines(shard->blocks[ahead]);
         if (shard->earliest_ns[number] > now_ns)
             continue;
         const wsf_block *block = shard->blocks[number];
@@ -840,8 +867,10 @@ static size_t due_locked(wsf_shard *shard, int64_t now_ns, wsf_due_entry *out, s
             int64_t deadline_ns = block->deadline_ns[at];
             if (deadline_ns < earliest_ns)
                 earliest_ns = deadline_ns;
-            if (deadline_ns <= now_ns)
+            if (deadline_ns <= now_ns) {
+                wsf_record_prefetch(block->records[at]);
                 used = offer(out, used, room, (wsf_due_entry){deadline_ns, wsf_record_object(block->records[at])});
+            }
         }
         shard->earliest_ns[number] = earliest_ns;
     }

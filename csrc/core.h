@@ -136,6 +136,8 @@ int64_t wsf_record_deadline(wsf_record *record);                     /* WSF_NEVE
 int wsf_record_set_status(wsf_record *record, uint8_t status);       /* 0: detached */
 int wsf_record_status(wsf_record *record);                           /* -1: detached */
 int64_t wsf_record_active(wsf_record *record);
+/* Ask for the memory that a sweep will read of it. */
+void wsf_record_expect(wsf_record *record);
 void wsf_record_touch(wsf_record *record, int64_t now_ns, int is_heartbeat);
 void wsf_record_received(wsf_record *record, int64_t now_ns, uint64_t messages, uint64_t bytes);
 void wsf_record_sent(wsf_record *record, uint64_t messages, uint64_t bytes);

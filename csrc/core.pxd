@@ -152,6 +152,7 @@ cdef extern from "core.h":
     bint wsf_record_set_status(wsf_record *record, uint8_t status) noexcept
     int wsf_record_status(wsf_record *record) noexcept
     int64_t wsf_record_active(wsf_record *record) noexcept
+    void wsf_record_expect(wsf_record *record) noexcept
     void wsf_record_touch(wsf_record *record, int64_t now_ns, bint is_heartbeat) noexcept
     void wsf_record_received(wsf_record *record, int64_t now_ns, uint64_t messages, uint64_t bytes) noexcept
     void wsf_record_sent(wsf_record *record, uint64_t messages, uint64_t bytes) noexcept
@@ -170,3 +171,16 @@ cdef extern from "core.h":
     void wsf_shard_measure(wsf_shard *shard, wsf_shard_figures *figures) noexcept
     void wsf_core_check(wsf_core *core) noexcept
     int64_t *wsf_live_counters() noexcept
+
+
+cdef extern from "records.h":
+    const char *WSF_RECORDS_CAPSULE
+    ctypedef struct wsf_records:
+        void (*sent)(PyObject *record, uint64_t messages, uint64_t bytes) noexcept
+        void (*heartbeat)(PyObject *record, int64_t now_ns) noexcept
+        void (*expect)(PyObject *record) noexcept
+        int64_t (*active_ns)(PyObject *record) noexcept
+        int (*status)(PyObject *record) noexcept
+        void (*set_status)(PyObject *record, int status) noexcept
+        void (*set_deadline)(PyObject *record, int64_t deadline_ns) noexcept
+        void (*set_quality)(PyObject *record, float latency, float jitter, float loss) noexcept
