@@ -1,12 +1,13 @@
-"""Both generations of the registry in plain Python: the baseline of the benchmarks and the oracle of the tests.
+"""The registry in both generations and its health in plain Python: a baseline of benchmarks, the oracle of the tests.
 
-The contract of every public name is in ``wsfast/_core.pyi``; this file holds it without a line of the native core.
-It hides how the records are stored and found:
+The contract of every public name is in ``wsfast/_core.pyi`` and ``wsfast/_health.pyi``; this file holds it without a
+line of the native core. It hides how the records are stored and found:
 
 * :class:`Registry`, generation 2: shards chosen by folded FNV-1a, each one a map in the manner of Go's ``sync.Map``.
 * :class:`TraditionalRegistry`, generation 1: one dict under one lock.
 
-All the rest (checks, the record, the indexes, walks) is common to both.
+All the rest (checks, the record, the indexes, walks) is common to both. :class:`Health` knows no more of a record than
+its attributes.
 
 Invariants:
 
@@ -31,12 +32,15 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from array import array
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Hashable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, fields
 from itertools import chain, islice
 from operator import itemgetter
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeAlias, TypeVar, cast, overload
 
 from wsfast.connection import ConnectionStatus, Quality
 from wsfast.errors import (
@@ -52,7 +56,7 @@ from wsfast.errors import (
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-__all__ = ["ConnectionMeta", "Registry", "TraditionalRegistry", "fnv1_32", "fnv1a_32"]
+__all__ = ["ConnectionMeta", "Health", "Registry", "TraditionalRegistry", "fnv1_32", "fnv1a_32"]
 
 _K = TypeVar("_K", bound=Hashable)
 _T = TypeVar("_T")
@@ -1385,3 +1389,941 @@ class TraditionalRegistry(_AnyRegistry):
 
     def _route(self, client_id: str) -> int:
         return 0
+
+
+# ---- health ----------------------------------------------------------------------------------------------------------
+
+# What a look or a pong has found: bits, as in ``_health.pyi``.
+_SUSPECT = 2
+_CLEARED = 4
+_DEAD = 8
+_PING_FAILED = 16
+_NEW_GRADE = 32
+_LATE = 64
+_UNASKED = 128
+# A look also says whether to ping.
+_PING = 1
+
+_BY_SILENCE, _BY_NO_PONG = 1, 2
+_QUIET, _ASKED, _SUSPECTED, _ENDED = range(4)
+_GOOD, _FAIR, _POOR, _BAD = range(4)
+
+# What the entries of a trace tell; 0 is nothing.
+(
+    _TRACE_PING,
+    _TRACE_PONG,
+    _TRACE_LATE,
+    _TRACE_SUSPECT,
+    _TRACE_CLEARED,
+    _TRACE_LAG,
+    _TRACE_STUCK,
+    _TRACE_LEFT,
+    _TRACE_UNREAD,
+    _TRACE_GRADE,
+    _TRACE_DEAD,
+) = range(1, 12)
+
+_MS = 1_000_000
+_HOUR_NS = 3600 * 10**9
+
+# Classes of connections by SRTT: less than 4 ms, 8 ms, ... 512 ms, and more; and those without a sample.
+_CLASS_LIMITS_US = tuple(4000 << exponent for exponent in range(8))
+_NO_CLASS = 9
+_CLASSES = 10
+_WAIT_BINS = 64
+_WAIT_BIN_NS = 500 * _MS
+
+_MAX_STALLS = 64
+_MAX_SWEEPS = 4096
+_MAX_PINGS = 4
+_MAX_HISTORY = 32
+
+# Groups of facts that a kernel knows.
+_KNOWS_BASE, _KNOWS_ACKED, _KNOWS_NOTSENT, _KNOWS_BYTES = 1, 2, 4, 8
+
+
+class _Facts(NamedTuple):
+    """What a kernel says of a connection."""
+
+    known: int = 0
+    unacked: int = 0
+    retransmits: int = 0
+    rtt_us: int = 0
+    last_sent_ms: int = 0
+    last_ack_ms: int = 0
+    bytes_acked: int = 0
+    bytes_sent: int = 0
+    bytes_retrans: int = 0
+    notsent: int = 0
+    unread: int = 0
+
+
+_NO_FACTS = _Facts()
+
+
+@dataclass(frozen=True, slots=True)
+class _HealthSettings:
+    """What each one means stands in ``wsfast.health.HealthPolicy``."""
+
+    silence_ns: int
+    timeout_ns: int
+    answer_ns: int
+    write_ns: int
+    interval_ns: int
+    interval_poor_ns: int
+    interval_min_ns: int
+    interval_learn_ns: int
+    learn_ns: int
+    by_acks_ns: int
+    late_ns: int
+    probe_ns: int
+    prior_wait_ns: int
+    peak_half_ns: int
+    tick_ns: int
+    slack_ns: int
+    probes: int
+    bad_factor: int
+    poor_latency_us: int
+    poor_loss: int
+    bad_loss: int
+    calm: int
+    trace: int
+    limits: Sequence[Sequence[int]]
+    risk_per_1000h: float
+    pings_per_h: float
+
+
+class _Stall(NamedTuple):
+    """A time that the loop was late for, with the credit of all such times up to its end."""
+
+    begin_ns: int
+    end_ns: int
+    credit_ns: int
+
+
+class _HealthClock:
+    """The monotonic clock without the time that the loop was late: it stands still while a tick is overdue."""
+
+    __slots__ = ("_slack_ns", "_stalls", "_tick_ns", "_until_ns", "credit_ns", "stall_count")
+
+    def __init__(self, now_ns: int, tick_ns: int, slack_ns: int) -> None:
+        self._tick_ns = tick_ns
+        self._slack_ns = slack_ns
+        self._until_ns = now_ns + tick_ns
+        self._stalls: deque[_Stall] = deque(maxlen=_MAX_STALLS)
+        self.credit_ns = self.stall_count = 0
+
+    def at(self, now_ns: int) -> int:
+        now_ns = min(now_ns, self._until_ns)
+        for stall in reversed(self._stalls):
+            if now_ns >= stall.end_ns:
+                return now_ns - stall.credit_ns
+            if now_ns > stall.begin_ns:
+                return stall.end_ns - stall.credit_ns
+        if not self._stalls:
+            return now_ns
+        oldest = self._stalls[0]
+        return now_ns - (oldest.credit_ns - (oldest.end_ns - oldest.begin_ns))
+
+    def tick(self, now_ns: int) -> int:
+        late_ns = now_ns - self._until_ns
+        if late_ns <= self._slack_ns:
+            late_ns = 0
+        else:
+            self.credit_ns += late_ns
+            self.stall_count += 1
+            self._stalls.append(_Stall(self._until_ns, now_ns, self.credit_ns))
+        self._until_ns = max(self._until_ns, now_ns + self._tick_ns)
+        return late_ns
+
+
+class _Lessons:
+    """How long answers take, by class of connection, and what waits follow from it at the risk that is taken."""
+
+    __slots__ = (
+        "_late_ns",
+        "_lessons",
+        "_newcomers",
+        "_pings_per_h",
+        "_prior_wait_ns",
+        "_spent_ns",
+        "_waits",
+        "risk",
+        "spent",
+        "wait_ns",
+        "watched_ns",
+    )
+
+    def __init__(self, settings: _HealthSettings) -> None:
+        self._late_ns = settings.late_ns
+        self._prior_wait_ns = settings.prior_wait_ns
+        self._pings_per_h = settings.pings_per_h
+        self._waits = [[0] * _WAIT_BINS for _ in range(_CLASSES)]
+        self._lessons = self._newcomers = self._spent_ns = 0
+        self.risk = float(settings.risk_per_1000h)
+        self.spent = 0
+        self.watched_ns = [0] * _CLASSES
+        self.wait_ns: list[int | None] = [None] * _CLASSES
+
+    def learn(self, link_class: int, wait_ns: int, watched_ns: int) -> None:
+        self.watched_ns[link_class] += watched_ns
+        if wait_ns >= self._late_ns:
+            self._waits[link_class][min(wait_ns // _WAIT_BIN_NS, _WAIT_BINS - 1)] += 1
+        self._lessons += 1
+        if self._lessons % 64 == 0 or wait_ns > 2000 * _MS:
+            self._forget_half(link_class)
+            self.wait_ns[link_class] = None
+
+    def _forget_half(self, link_class: int) -> None:
+        if self.watched_ns[link_class] >= 400 * _HOUR_NS:
+            self.watched_ns[link_class] //= 2
+            self._waits[link_class] = [count // 2 for count in self._waits[link_class]]
+
+    def wait_of(self, link_class: int) -> int:
+        """How long an answer may take in this class."""
+        if link_class == _NO_CLASS or self.watched_ns[link_class] < 2 * _HOUR_NS:
+            return self._prior_wait_ns
+        wait_ns = self.wait_ns[link_class]
+        if wait_ns is None:
+            wait_ns = self.wait_ns[link_class] = self._find_wait(link_class)
+        return wait_ns
+
+    def _find_wait(self, link_class: int) -> int:
+        """The shortest that was exceeded no more often than the risk allows."""
+        left = self.risk / 1000 * (float(self.watched_ns[link_class]) / _HOUR_NS)
+        for longer in range(_WAIT_BINS, 0, -1):
+            left -= self._waits[link_class][longer - 1]
+            if left < 0:
+                return longer * _WAIT_BIN_NS
+        return 0
+
+    def takes_teacher(self, link_class: int) -> bool:
+        """Whether the next newcomer teaches: all do while little is known of its class, later some."""
+        hours = self.watched_ns[link_class] // _HOUR_NS
+        every = 1 if hours < 20 else 4 if hours < 200 else 16
+        self._newcomers += 1
+        return (self._newcomers - 1) % every == 0
+
+    def watch(self, connections_ns: int) -> None:
+        """So much time of connections has passed. Every 100 hours the risk moves towards what the pings allow."""
+        self._spent_ns += connections_ns
+        hours = float(self._spent_ns) / _HOUR_NS
+        if hours < 100:
+            return
+        if self._pings_per_h > 0:
+            self.risk *= 1.4 if self.spent > self._pings_per_h * hours else 0.8
+            self.risk = min(max(self.risk, 1.0), 1000.0)
+        self.wait_ns = [None] * _CLASSES
+        self.spent = self._spent_ns = 0
+
+
+class _Sweeps:
+    """When the last sweeps began, by number. Numbers have 32 bits, and 0 is none of them."""
+
+    __slots__ = ("_begun_ns", "last")
+
+    def __init__(self) -> None:
+        self._begun_ns = [0] * _MAX_SWEEPS
+        self.last = 0
+
+    def begin(self, now_ns: int) -> int:
+        self.last = self.last + 1 & _32_BITS or 1
+        self._begun_ns[self.last % _MAX_SWEEPS] = now_ns
+        return self.last
+
+    def remembers(self, number: int) -> bool:
+        return number != 0 and self.last - number & _32_BITS < _MAX_SWEEPS
+
+    def begun_ns(self, number: int) -> int:
+        return self._begun_ns[number % _MAX_SWEEPS]
+
+
+class _RoundTrips:
+    """Round trips of one connection, smoothed as in RFC 6298, 2.2 and 2.3; jitter as in RFC 3550, 6.4.1."""
+
+    __slots__ = ("jitter_us", "last_us", "least_us", "smoothed_us", "variation_us")
+
+    def __init__(self) -> None:
+        self.smoothed_us = self.variation_us = self.least_us = self.jitter_us = self.last_us = 0
+
+    def add(self, rtt_us: int) -> None:
+        rtt_us = max(rtt_us, 1)
+        if self.smoothed_us == 0:
+            self.smoothed_us = self.least_us = rtt_us
+            self.variation_us = rtt_us // 2
+        else:
+            self.variation_us = (3 * self.variation_us + abs(self.smoothed_us - rtt_us)) // 4
+            self.smoothed_us = max((7 * self.smoothed_us + rtt_us) // 8, 1)
+            self.jitter_us = (15 * self.jitter_us + abs(self.last_us - rtt_us)) // 16
+            self.least_us = min(self.least_us, rtt_us)
+        self.last_us = rtt_us
+
+    @property
+    def are_known(self) -> bool:
+        return self.smoothed_us != 0
+
+    @property
+    def expected_ns(self) -> int:
+        return (self.smoothed_us + 4 * self.variation_us) * 1000
+
+    @property
+    def link_class(self) -> int:
+        return bisect_right(_CLASS_LIMITS_US, self.smoothed_us) if self.are_known else _NO_CLASS
+
+
+@dataclass(slots=True)
+class _Ping:
+    """A ping that may be answered yet, and whether it is counted as late or in time, or is not to be."""
+
+    number: int
+    is_counted: bool
+
+
+@dataclass(slots=True)
+class _TraceEntry:
+    at_ns: int
+    what: int
+    value: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Ward:
+    """What the connections of one ``Health`` have in common."""
+
+    settings: _HealthSettings
+    clock: _HealthClock
+    lessons: _Lessons
+    sweeps: _Sweeps
+
+
+class _Vitals:
+    """What is known of one connection.
+
+    Names end as in ``_health.pyi``. None stands for a time at which nothing has happened.
+    """
+
+    __slots__ = (
+        "_acknowledged_bytes",
+        "_clock",
+        "_lessons",
+        "_retransmitted_bytes",
+        "_seen_acked",
+        "_sent_bytes",
+        "_settings",
+        "_sweeps",
+        "ack_h",
+        "asked_h",
+        "behind_h",
+        "born_h",
+        "byte_h",
+        "calm",
+        "cause",
+        "credit_ns",
+        "doubted_h",
+        "first_h",
+        "former_grade",
+        "grade",
+        "has_reported_stuck",
+        "history",
+        "interval_ns",
+        "is_stuck",
+        "kernel_rtt_us",
+        "late_in_a_row",
+        "late_total",
+        "learned_h",
+        "peak_h",
+        "peak_ns",
+        "ping_h",
+        "ping_total",
+        "pings",
+        "probes",
+        "retransmitted",
+        "state",
+        "stuck_bytes",
+        "stuck_h",
+        "teaches",
+        "trace",
+        "trips",
+        "trusts_kernel",
+        "unacked",
+        "unacked_h",
+        "unread",
+    )
+
+    def __init__(self, ward: _Ward, now_ns: int, chance: int) -> None:
+        self._settings = ward.settings
+        self._clock = ward.clock
+        self._lessons = ward.lessons
+        self._sweeps = ward.sweeps
+        now_h = ward.clock.at(now_ns)
+        self.born_h = self.byte_h = self.ack_h = self.asked_h = self.learned_h = self.peak_h = self.stuck_h = now_h
+        self.ping_h: int | None = None  # the first one since the last byte
+        self.unacked_h: int | None = None
+        self.doubted_h: int | None = None  # when the kernel was last trusted no longer
+        self.behind_h: int | None = None  # when something last waited in our kernel: a ping may be among it
+        self.state, self.grade, self.former_grade, self.calm, self.probes = _QUIET, _GOOD, _GOOD, 0, 0
+        self.cause = 0  # once it has ended
+        self.teaches = self.trusts_kernel = self.is_stuck = self.has_reported_stuck = False
+        self.late_in_a_row = self.peak_ns = self.unread = self.stuck_bytes = 0
+        self._sent_bytes = self._retransmitted_bytes = self._acknowledged_bytes = self._seen_acked = 0
+        self.retransmitted = self.kernel_rtt_us = self.unacked = 0
+        self.pings: list[_Ping] = []  # that may be answered yet, in order
+        self.history: deque[bool] = deque(maxlen=_MAX_HISTORY)  # whether each of the last pings was late
+        self.ping_total = self.late_total = 0
+        self.trips = _RoundTrips()
+        self.trace: deque[_TraceEntry] = deque(maxlen=ward.settings.trace)
+        self.credit_ns = ward.clock.credit_ns
+        self.interval_ns = self._planned_interval_ns(now_h)
+        self.first_h = now_h + self.interval_ns // 65536 * chance  # the first ping, if nothing has come before it
+
+    # ---- what is known
+
+    @property
+    def loss(self) -> int:
+        """Share of the last 32 pings that were not answered in time; those that there were not yet, were."""
+        return sum(self.history) * 1000 // _MAX_HISTORY
+
+    @property
+    def _late_after_ns(self) -> int:
+        return max(self.trips.expected_ns, self._settings.late_ns)
+
+    @property
+    def _last_sign_h(self) -> int:
+        return max(self.byte_h, self.ack_h) if self.trusts_kernel else self.byte_h
+
+    def silent_ns(self, now_ns: int) -> int:
+        return self._clock.at(now_ns) - self._last_sign_h
+
+    def _is_acknowledged(self, since_h: int) -> bool:
+        """Whether the path has carried something since then."""
+        return self.trusts_kernel and self.ack_h >= since_h
+
+    def is_overdue(self, now_ns: int) -> bool:
+        if self.state == _SUSPECTED or self.is_stuck or (self.trusts_kernel and self.unacked_h is not None):
+            return True
+        return self.ping_h is not None and self._clock.at(now_ns) - self.ping_h >= self._late_after_ns
+
+    def note(self, now_ns: int, what: int, value: int = 0, number: int = 0) -> None:
+        if what == _TRACE_LAG and self.trace and self.trace[-1].what == _TRACE_LAG:
+            self.trace[-1].value += value
+            self.trace[-1].at_ns = now_ns
+        else:
+            self.trace.append(_TraceEntry(now_ns, what, value, number))
+
+    # ---- grades
+
+    def _grade_by(self, tenths: int) -> int:
+        """The worst grade whose limits, of which *tenths* are used, a measure is above."""
+        if self.state == _SUSPECTED:
+            return _BAD
+        measures = (self.trips.smoothed_us, self.trips.jitter_us, self.loss, self.retransmitted)
+        for grade in (_BAD, _POOR, _FAIR):
+            limits = self._settings.limits[grade - 1]
+            if any(measure * 10 > limit * tenths for measure, limit in zip(measures, limits, strict=True)):
+                return grade
+        return _GOOD
+
+    def _judge(self, now_ns: int) -> int:
+        """Worse at once; better by one, when all measures have been well below the limits for a while."""
+        before, worst = self.grade, self._grade_by(10)
+        is_better = worst <= before and self._grade_by(8) < before
+        self.calm = self.calm + 1 if is_better else 0
+        if worst > before:
+            self.grade = worst
+        elif is_better and self.calm >= self._settings.calm:
+            self.grade -= 1
+            self.calm = 0
+        if self.grade == before:
+            return 0
+        self.former_grade = before
+        self.note(now_ns, _TRACE_GRADE, self.grade)
+        return _NEW_GRADE
+
+    # ---- the plan
+
+    def _decayed_peak_ns(self, now_h: int) -> int:
+        """Its own longest wait, which counts half after each half-life."""
+        halves = (now_h - self.peak_h) // self._settings.peak_half_ns
+        self.peak_ns >>= halves
+        self.peak_h += halves * self._settings.peak_half_ns
+        return self.peak_ns
+
+    def _planned_interval_ns(self, now_h: int) -> int:
+        settings = self._settings
+        wait_ns = max(
+            self._decayed_peak_ns(now_h) * 3 // 2 + self.trips.expected_ns,
+            self._lessons.wait_of(self.trips.link_class),
+        )
+        longest_ns = settings.interval_ns
+        if self.loss > settings.poor_loss or self.trips.smoothed_us > settings.poor_latency_us:
+            longest_ns = min(longest_ns, settings.interval_poor_ns)
+        if self.teaches and now_h - self.born_h < settings.learn_ns:
+            longest_ns = min(longest_ns, settings.interval_learn_ns)
+        return max(min(settings.silence_ns - wait_ns, longest_ns), settings.interval_min_ns)
+
+    # ---- signs of life
+
+    def _take_byte(self, at_h: int) -> None:
+        self.byte_h = max(self.byte_h, at_h)
+        if self.ping_h is not None and self.byte_h >= self.ping_h:
+            self.ping_h = None
+
+    def take_unread(self, now_ns: int, unread: int) -> None:
+        """So many bytes have come and wait to be read."""
+        before, self.unread = self.unread, unread
+        if unread not in (0, before):
+            self.note(now_ns, _TRACE_UNREAD, unread)
+            self._take_byte(self._clock.at(now_ns))
+
+    def _clear(self, now_ns: int) -> int:
+        """It is neither in doubt nor dead."""
+        was_suspect = self.state == _SUSPECTED
+        self.state = _QUIET if self.ping_h is None else _ASKED
+        self.probes = 0
+        if not was_suspect:
+            return 0
+        self.note(now_ns, _TRACE_CLEARED)
+        return _CLEARED | self._judge(now_ns)
+
+    def _read_kernel(self, now_ns: int, facts: _Facts) -> None:
+        trusted, self.trusts_kernel = self.trusts_kernel, self._is_believable(facts)
+        if trusted and not self.trusts_kernel:
+            self.doubted_h = self._clock.at(now_ns)
+        if not facts.known & _KNOWS_BASE:
+            return
+        self.kernel_rtt_us = facts.rtt_us
+        self.unacked = facts.unacked
+        if facts.known & _KNOWS_NOTSENT and facts.notsent != 0 and facts.bytes_acked != self._seen_acked:
+            self.behind_h = self._clock.at(now_ns)
+        self._seen_acked = facts.bytes_acked
+        if facts.known & _KNOWS_BYTES:
+            self._count_retransmitted(facts)
+        if not self.trusts_kernel:
+            return
+        self.ack_h = max(self.ack_h, self._clock.at(now_ns - facts.last_ack_ms * _MS))
+        if facts.unacked == 0:
+            self.unacked_h = None
+        elif self.unacked_h is None or self.ack_h > self.unacked_h:
+            self.unacked_h = self._clock.at(now_ns - facts.last_sent_ms * _MS)
+
+    def _is_believable(self, facts: _Facts) -> bool:
+        """A proxy's kernel answers sooner than the peer itself: then it tells nothing of the peer's life."""
+        factor = 8 if self.trusts_kernel else 4
+        is_known = bool(facts.known & _KNOWS_BASE) and self.trips.are_known
+        return is_known and self.trips.least_us <= factor * (facts.rtt_us + 5000)
+
+    def _count_retransmitted(self, facts: _Facts) -> None:
+        sent = facts.bytes_sent - self._sent_bytes
+        again = facts.bytes_retrans - self._retransmitted_bytes
+        if sent > 0:
+            share = again * 1000 // sent if 0 <= again < sent else 1000
+            self.retransmitted = (7 * self.retransmitted + share) // 8
+        self._sent_bytes = facts.bytes_sent
+        self._retransmitted_bytes = facts.bytes_retrans
+
+    # ---- looking
+
+    def look(self, now_ns: int, active_ns: int, facts: _Facts) -> tuple[int, int]:
+        """What was found, and when on the health clock to look again."""
+        settings, now_h = self._settings, self._clock.at(now_ns)
+        factor = settings.bad_factor if self.loss > settings.bad_loss else 1
+        next_h = now_h + settings.silence_ns
+        found = 0
+        if self.state == _ENDED:
+            return 0, next_h
+        self._note_lag(now_ns)
+        self._read_kernel(now_ns, facts)
+        active_h = self._clock.at(active_ns)
+        if active_h > self.byte_h:
+            self._take_byte(active_h)
+            if not self._is_unacknowledged(now_h, facts):  # or it would be suspect again at once
+                found = self._clear(now_ns)
+        if self.is_stuck:
+            news, next_h = self._look_at_stuck(now_ns, facts, factor * settings.timeout_ns)
+            found |= news
+            if self.state == _ENDED:
+                return found, next_h
+        since_h = self._in_question_since_h(now_h, facts)
+        if since_h is not None:
+            dead_h = max(self._last_sign_h + factor * settings.silence_ns, since_h + settings.answer_ns)
+            news, again_h = self._doubt(now_ns, since_h, dead_h, _BY_SILENCE)
+        elif self.ping_h is not None:
+            since_h = self.ping_h if self.behind_h is None else max(self.ping_h, self.behind_h)
+            dead_h = since_h + factor * settings.timeout_ns
+            news, again_h = self._doubt(now_ns, since_h, dead_h, _BY_NO_PONG)
+        elif self.is_stuck:
+            return found, next_h
+        else:
+            return self._look_at_quiet(now_ns, found)
+        return found | news, min(next_h, again_h)
+
+    def rest(self, now_ns: int) -> None:
+        """Something else decides of it for now: no question is open."""
+        self.byte_h = max(self.byte_h, self._clock.at(now_ns))
+        self.ping_h = None
+        self.state = _QUIET
+        self.pings.clear()
+
+    def _note_lag(self, now_ns: int) -> None:
+        lag_ns = self._clock.credit_ns - self.credit_ns
+        if lag_ns != 0:
+            self.note(now_ns, _TRACE_LAG, lag_ns // _MS)
+            self.credit_ns = self._clock.credit_ns
+
+    def _is_unacknowledged(self, now_h: int, facts: _Facts) -> bool:
+        """Whether something of ours is not acknowledged in time."""
+        if not self.trusts_kernel or self.unacked_h is None:
+            return False
+        return facts.retransmits >= 2 or now_h - self.unacked_h > self._late_after_ns
+
+    def _in_question_since_h(self, now_h: int, facts: _Facts) -> int | None:
+        """Since when the path is in question; None: it is not."""
+        since_h = self.unacked_h if self._is_unacknowledged(now_h, facts) else None
+        if self.ping_h is not None and not self._is_acknowledged(self.ping_h):
+            asked_h = max(self.ping_h, self.doubted_h or self.ping_h, self.behind_h or self.ping_h)
+            since_h = asked_h if since_h is None else min(since_h, asked_h)
+        return since_h
+
+    def _doubt(self, now_ns: int, since_h: int, dead_h: int, cause: int) -> tuple[int, int]:
+        """In doubt since *since_h*: dead at *dead_h*, suspect as soon as an answer is late, and asked again then.
+
+        What is missed may lie among what we have not read: then it is not dead.
+        """
+        settings, now_h = self._settings, self._clock.at(now_ns)
+        late_h = since_h + self._late_after_ns
+        is_to_blame = self.unread == 0 or (self.trusts_kernel and since_h == self.unacked_h)
+        if not is_to_blame:
+            dead_h = max(dead_h, now_h + 1)
+        if now_h >= dead_h:
+            return self._end(now_ns, cause), now_h + settings.silence_ns
+        if now_h < late_h:
+            if self.state != _SUSPECTED:
+                self.state = _ASKED
+            return 0, min(late_h, dead_h)
+        found = self._suspect(now_ns)
+        is_time = found != 0 or now_h - self.asked_h >= settings.probe_ns
+        if is_time and self.probes < settings.probes and not self.is_stuck:
+            self.probes += 1
+            found |= self._ask(now_ns, now_h, is_probe=True)
+        again_h = now_h + settings.probe_ns
+        return found, min(dead_h, again_h) if is_to_blame else again_h
+
+    def _look_at_stuck(self, now_ns: int, facts: _Facts, timeout_ns: int) -> tuple[int, int]:
+        """A ping waits to leave: it ends the connection only if the peer takes nothing at all."""
+        settings, now_h = self._settings, self._clock.at(now_ns)
+        silence_h = now_h + settings.silence_ns
+        if facts.known & _KNOWS_ACKED:
+            if facts.bytes_acked != self._acknowledged_bytes:
+                self.stuck_h = now_h
+            self._acknowledged_bytes = facts.bytes_acked
+        dead_h = max(self.stuck_h, self.byte_h) + timeout_ns
+        found = 0
+        if not self.has_reported_stuck and now_h - self.asked_h >= settings.write_ns:
+            self.has_reported_stuck = True
+            found = _PING_FAILED | self._suspect(now_ns)
+        if self.unread == 0 and now_h >= dead_h:
+            return found | self._end(now_ns, _BY_NO_PONG), silence_h
+        again_h = (now_h if self.has_reported_stuck else self.asked_h) + settings.write_ns
+        # While we do not read, each may wait for the other to read.
+        return found, min(silence_h, again_h, dead_h) if self.unread == 0 else min(silence_h, again_h)
+
+    def _look_at_quiet(self, now_ns: int, found: int) -> tuple[int, int]:
+        """Nothing is in question; ask, if that is due."""
+        now_h = self._clock.at(now_ns)
+        found |= self._clear(now_ns)
+        by_acks_ns = max(self._settings.by_acks_ns, self.interval_ns)
+        due_h = min(self._last_sign_h + self.interval_ns, self.byte_h + by_acks_ns)
+        if self.ping_total == 0 and self.byte_h == self.born_h:
+            due_h = self.first_h
+        if now_h < due_h:
+            return found if found & _CLEARED else found | self._judge(now_ns), due_h
+        found |= self._ask(now_ns, now_h, is_probe=False)
+        self.state = _ASKED
+        return found, now_h + self._late_after_ns
+
+    def _ask(self, now_ns: int, now_h: int, *, is_probe: bool) -> int:
+        """A ping goes out with the sweep that has begun."""
+        if len(self.pings) == _MAX_PINGS:  # the oldest will not be answered any more
+            self._count(self.pings.pop(0), is_late=True)
+        # Of one slow spell, the probes do not count as late pings again.
+        self.pings.append(_Ping(self._sweeps.last, is_counted=is_probe))
+        self.asked_h = now_h
+        if self.ping_h is None:
+            self.ping_h = now_h
+        self.ping_total += 1
+        self._lessons.spent += 1
+        self.note(now_ns, _TRACE_PING, number=self._sweeps.last)
+        return _PING
+
+    def _suspect(self, now_ns: int) -> int:
+        if self.state == _SUSPECTED:
+            return 0
+        self.state = _SUSPECTED
+        self.probes = 0
+        for ping in self.pings:
+            self._count(ping, is_late=True)
+        self.note(now_ns, _TRACE_SUSPECT, self.silent_ns(now_ns) // _MS)
+        return _SUSPECT | self._judge(now_ns)
+
+    def _end(self, now_ns: int, cause: int) -> int:
+        found = self._suspect(now_ns)
+        self.state = _ENDED
+        self.cause = cause
+        self.note(now_ns, _TRACE_DEAD, cause)
+        return found | _DEAD
+
+    # ---- what comes back
+
+    def pong(self, number: int, left_ns: int, now_ns: int) -> tuple[int, int]:
+        """What it means, and when on the health clock to look again."""
+        now_h, heard_h = self._clock.at(now_ns), self.byte_h
+        self._take_byte(now_h)
+        places = [place for place, ping in enumerate(self.pings) if ping.number == number]
+        if not places or not self._sweeps.remembers(number):
+            found = 0 if self.state == _ENDED else self._clear(now_ns)
+            return found | _UNASKED, self._next_after_pong_h(now_h)
+        begun_ns = self._sweeps.begun_ns(number)
+        place = places[0]
+        if place == len(self.pings) - 1:
+            begun_ns = max(begun_ns, min(left_ns, now_ns))
+        wait_h = max(now_h - self._clock.at(begun_ns), 0)  # less, where the clock has gone back
+        is_late = wait_h > self._late_after_ns
+        self._settle(place, now_h, is_late)
+        self._answer_in_trace(number, is_late, wait_h // 1000)
+        # Of several late answers that come together, the first has said it.
+        is_news = not is_late or self._clock.at(begun_ns) > heard_h
+        if is_news:
+            self._measure(wait_h, is_late, loop_was_late=wait_h != now_ns - begun_ns)
+        if is_late:
+            self.peak_ns = max(wait_h, self._decayed_peak_ns(now_h))
+            self.peak_h = now_h
+        if self.teaches and is_news and self.interval_ns <= self._settings.interval_learn_ns:
+            watched_ns = min(now_h - self.learned_h, 4 * self.interval_ns)
+            self._lessons.learn(self.trips.link_class, wait_h, watched_ns)
+        self.learned_h = now_h
+        found = 0 if self.state == _ENDED else self._clear(now_ns)
+        self.interval_ns = self._planned_interval_ns(now_h)
+        if is_news and not found & _CLEARED:  # by which it has been judged
+            found |= self._judge(now_ns)
+        return found | (_LATE if is_late else 0), self._next_after_pong_h(now_h)
+
+    def _next_after_pong_h(self, now_h: int) -> int:
+        """A newer ping may still be waiting to leave."""
+        next_h = now_h + self.interval_ns
+        if not self.is_stuck:
+            return next_h
+        return max(now_h + 1, min(next_h, self.asked_h + self._settings.write_ns))
+
+    def _settle(self, place: int, now_h: int, is_late: bool) -> None:
+        """A pong answers its ping and all before it (RFC 6455, 5.5.3)."""
+        for ping in self.pings[:place]:
+            waited_ns = now_h - self._clock.at(self._sweeps.begun_ns(ping.number))
+            was_late = waited_ns > self._late_after_ns or not self._sweeps.remembers(ping.number)
+            self._count(ping, is_late=was_late)
+        self._count(self.pings[place], is_late=is_late)
+        del self.pings[: place + 1]
+
+    def _count(self, ping: _Ping, *, is_late: bool) -> None:
+        if not ping.is_counted:
+            ping.is_counted = True
+            self.history.append(is_late)
+            self.late_total += is_late
+
+    def _answer_in_trace(self, number: int, is_late: bool, rtt_us: int) -> None:
+        for entry in reversed(self.trace):
+            if entry.what == _TRACE_PING and entry.number == number:
+                entry.what = _TRACE_LATE if is_late else _TRACE_PONG
+                entry.value = min(rtt_us, _32_BITS)
+                return
+
+    def _measure(self, wait_h: int, is_late: bool, *, loop_was_late: bool) -> None:
+        """Late answers are no measure (Karn), unless three in a row say that the path has become slower."""
+        self.late_in_a_row = self.late_in_a_row + 1 if is_late else 0
+        if loop_was_late or 0 < self.late_in_a_row < 3:
+            return
+        is_first = not self.trips.are_known
+        self.trips.add(min(wait_h // 1000, _32_BITS))
+        if is_first:
+            self.teaches = self._lessons.takes_teacher(self.trips.link_class)
+
+    def set_stuck(self, now_ns: int, is_stuck: bool, size: int) -> None:
+        now_h = self._clock.at(now_ns)
+        size = min(size, _32_BITS)
+        if is_stuck and size < self.stuck_bytes:
+            self.stuck_h = now_h
+        self.stuck_bytes = size
+        if self.is_stuck == is_stuck:
+            return
+        self.is_stuck = is_stuck
+        self.has_reported_stuck = False
+        if is_stuck:
+            self.stuck_h = now_h
+            self.ping_h = None
+            self.note(now_ns, _TRACE_STUCK, size)
+        else:
+            self.ping_h = now_h
+            self.note(now_ns, _TRACE_LEFT, (now_h - self.asked_h) // _MS)
+
+    # ---- figures
+
+    def figures(self, now_ns: int) -> dict[str, int]:
+        return {
+            "state": self.state,
+            "grade": self.grade,
+            "former_grade": self.former_grade,
+            "cause": self.cause,
+            "silent_ns": self.silent_ns(now_ns),
+            "interval_ns": self.interval_ns,
+            "srtt_us": self.trips.smoothed_us,
+            "rttvar_us": self.trips.variation_us,
+            "min_rtt_us": self.trips.least_us,
+            "jitter_us": self.trips.jitter_us,
+            "loss": self.loss,
+            "retransmitted": self.retransmitted,
+            "kernel_rtt_us": self.kernel_rtt_us,
+            "unacked": self.unacked,
+            "trusts_kernel": int(self.trusts_kernel),
+            "is_stuck": int(self.is_stuck),
+            "pings": self.ping_total,
+            "late": self.late_total,
+        }
+
+    @property
+    def quality(self) -> Quality:
+        return Quality(self.trips.smoothed_us / 1e6, self.trips.jitter_us / 1e6, self.loss / 1e3)
+
+
+class Health:
+    """The health of the connections of one registry; see ``_health.pyi``.
+
+    Any object serves as a record that has the attributes ``deadline_ns``, ``status``, ``quality`` and
+    ``last_active_ns``, the method ``heartbeat`` and a hash. Without the core nothing asks a kernel: what is known is
+    what the connections themselves show, and what ``look`` is given. *fd* and *most_rto_ms* are taken and ignored.
+    """
+
+    def __init__(self, settings: dict[str, Any], now_ns: int) -> None:
+        given = _HealthSettings(**{field.name: settings[field.name] for field in fields(_HealthSettings)})
+        self._ward = _Ward(given, _HealthClock(now_ns, given.tick_ns, given.slack_ns), _Lessons(given), _Sweeps())
+        self._counted_h = now_ns
+        self._vitals: dict[ConnectionMeta, _Vitals] = {}
+
+    def __len__(self) -> int:
+        return len(self._vitals)
+
+    def __contains__(self, record: object) -> bool:
+        return record in self._vitals
+
+    def add(self, record: ConnectionMeta, now_ns: int, chance: int = 0, fd: int = -1, most_rto_ms: int = 0) -> None:
+        if record in self._vitals:
+            raise ValueError(f"{record!r} is known already")
+        vitals = self._vitals[record] = _Vitals(self._ward, now_ns, chance)
+        _assign(record, "deadline_ns", vitals.first_h)
+
+    def remove(self, record: ConnectionMeta) -> bool:
+        return self._vitals.pop(record, None) is not None
+
+    def spare(self, record: ConnectionMeta, now_ns: int) -> None:
+        vitals = self._vitals.get(record)
+        if vitals is not None:
+            vitals.rest(now_ns)
+            _assign(record, "deadline_ns", self.at(now_ns) + self._ward.settings.interval_ns)
+            self._show_status(record, vitals)
+
+    # ---- the clock
+
+    def at(self, now_ns: int) -> int:
+        return self._ward.clock.at(now_ns)
+
+    def tick(self, now_ns: int) -> int:
+        return self._ward.clock.tick(now_ns)
+
+    def begin_sweep(self, now_ns: int) -> int:
+        now_h = self.at(now_ns)
+        self._ward.lessons.watch(len(self._vitals) * (now_h - self._counted_h))
+        self._counted_h = now_h
+        return self._ward.sweeps.begin(now_ns)
+
+    # ---- looking
+
+    def look(
+        self, records: list[ConnectionMeta], now_ns: int, facts: list[Any] | None = None
+    ) -> tuple[list[ConnectionMeta], list[tuple[ConnectionMeta, int]]]:
+        pings: list[ConnectionMeta] = []
+        others: list[tuple[ConnectionMeta, int]] = []
+        for record, fact in zip(records, [None] * len(records) if facts is None else facts, strict=True):
+            found = self._look_at(record, now_ns, _NO_FACTS if fact is None else _Facts(*fact))
+            if found & _PING:
+                pings.append(record)
+            if found & ~_PING:
+                others.append((record, found & ~_PING))
+        return pings, others
+
+    def _look_at(self, record: ConnectionMeta, now_ns: int, facts: _Facts) -> int:
+        vitals = self._vitals.get(record)
+        if vitals is None:  # somebody else gave it a deadline: it would be due for ever
+            _assign(record, "deadline_ns", None)
+            return 0
+        if record.status > ConnectionStatus.SUSPECT:
+            vitals.rest(now_ns)
+            _assign(record, "deadline_ns", self.at(now_ns) + self._ward.settings.interval_ns)
+            return 0
+        if vitals.is_overdue(now_ns):
+            vitals.take_unread(now_ns, facts.unread)
+        found, next_h = vitals.look(now_ns, record.last_active_ns, facts)
+        _assign(record, "deadline_ns", next_h)
+        if found & _PING:
+            vitals.unread = facts.unread  # what has come up to now does not answer it
+        if found & ~_PING:
+            self._show_status(record, vitals)
+        return found
+
+    def _show_status(self, record: ConnectionMeta, vitals: _Vitals) -> None:
+        if vitals.state in (_SUSPECTED, _ENDED):
+            if record.status == ConnectionStatus.ONLINE:
+                _assign(record, "status", ConnectionStatus.SUSPECT)
+        elif record.status == ConnectionStatus.SUSPECT:
+            _assign(record, "status", ConnectionStatus.ONLINE)
+
+    # ---- what comes back
+
+    def pong(self, record: ConnectionMeta, number: int, left_ns: int, now_ns: int) -> int:
+        vitals = self._vitals.get(record)
+        if vitals is None:
+            return 0
+        found, next_h = vitals.pong(number, left_ns, now_ns)
+        record.heartbeat(now_ns)
+        _assign(record, "deadline_ns", next_h)
+        _assign(record, "quality", vitals.quality)
+        if found & _CLEARED:
+            self._show_status(record, vitals)
+        return found
+
+    def stuck(self, record: ConnectionMeta, now_ns: int, is_stuck: bool, size: int = 0) -> None:
+        vitals = self._vitals.get(record)
+        if vitals is not None:
+            vitals.set_stuck(now_ns, bool(is_stuck), size)
+
+    # ---- figures
+
+    def figures(self, record: ConnectionMeta, now_ns: int) -> dict[str, int]:
+        return self._vitals[record].figures(now_ns)
+
+    def trace(self, record: ConnectionMeta) -> list[tuple[int, int, int]]:
+        return [(entry.at_ns, entry.what, entry.value) for entry in self._vitals[record].trace]
+
+    def totals(self) -> dict[str, Any]:
+        clock, lessons = self._ward.clock, self._ward.lessons
+        return {
+            "credit_ns": clock.credit_ns,
+            "stalls": clock.stall_count,
+            "risk": lessons.risk,
+            "wait_ns": tuple([-1 if wait_ns is None else wait_ns for wait_ns in lessons.wait_ns]),
+            "watched_ns": tuple(lessons.watched_ns),
+        }
+
+
+def _assign(record: ConnectionMeta, name: str, value: object) -> None:
+    """Set an attribute, unless the record has left its registry meanwhile."""
+    with suppress(DetachedRecord):
+        setattr(record, name, value)
