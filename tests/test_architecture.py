@@ -23,21 +23,35 @@ ALLOWED: dict[str, set[str]] = {
     "connection": {"errors"},
     "_core": {"errors", "connection"},
     "_fanout": {"errors", "_core"},
+    "_health": {"connection", "_core"},
     "reference": {"errors", "connection"},
     "events": {"errors"},
     "adapters": set(),
     "delivery": {"errors", "adapters", "events", "_fanout"},
-    "manager": {"errors", "connection", "_core", "reference", "adapters", "delivery", "events"},
+    "health": {"errors", "_health"},
+    "heartbeat": {"_health", "adapters", "events"},
+    "manager": {
+        "errors",
+        "connection",
+        "_core",
+        "_health",
+        "reference",
+        "adapters",
+        "delivery",
+        "events",
+        "health",
+        "heartbeat",
+    },
     "adapters.websockets": {"errors", "adapters"},
-    "hub": {"errors", "events", "adapters", "adapters.websockets", "delivery", "manager"},
+    "hub": {"errors", "events", "adapters", "adapters.websockets", "delivery", "health", "manager"},
     "demo": {"errors", "hub"},
     "cli": {"", "errors"},
-    "__init__": {"errors", "connection", "_core", "events", "delivery", "manager"},
+    "__init__": {"errors", "connection", "_core", "events", "delivery", "manager", "health"},
     "__main__": {"cli"},
 }
 
 # Where waiting is: below these, nothing knows of an event loop.
-ASYNCIO = {"events", "delivery", "manager", "adapters.websockets", "hub", "demo", "cli"}
+ASYNCIO = {"events", "delivery", "heartbeat", "manager", "adapters.websockets", "hub", "demo", "cli"}
 
 # Leaves import one library each; the command line needs click, and the ready-made server stands on one library.
 THIRD_PARTY: dict[str, set[str]] = {
@@ -47,7 +61,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "cli": {"click"},
 }
 
-NATIVE = {"_core", "_fanout"}
+NATIVE = {"_core", "_fanout", "_health"}
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(ROOT.rglob("*.py"))
@@ -118,7 +132,7 @@ def test_the_stubs_of_the_core_import_what_the_core_may(name: str) -> None:
     assert "asyncio" not in visitor.found
 
 
-@pytest.mark.parametrize("name", [*NAMES, "wsfast._core", "wsfast._fanout"])
+@pytest.mark.parametrize("name", [*NAMES, "wsfast._core", "wsfast._fanout", "wsfast._health"])
 def test_each_module_can_be_imported_first(name: str) -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", f"import {name}"], check=True, cwd=ROOT.parent, timeout=60)
 
@@ -157,14 +171,21 @@ def test_the_public_names_are_these() -> None:
         "Backpressure",
         "BroadcastResult",
         "CloseReport",
+        "ConnectionCleared",
         "ConnectionClosed",
         "ConnectionManager",
         "ConnectionMeta",
         "ConnectionOpened",
         "ConnectionStatus",
+        "ConnectionSuspect",
         "ConnectionTooSlow",
         "DrainPolicy",
         "Event",
+        "Explanation",
+        "Grade",
+        "GradeChanged",
+        "HealthPolicy",
+        "LoopLate",
         "MessageConflated",
         "MessagesDropped",
         "Quality",

@@ -65,9 +65,9 @@ def _uvloop_option(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--max-groups", default=100, type=_POSITIVE, help="Most groups of one connection.")
 @click.option(
     "--ping-interval",
-    default=20.0,
+    default=16.0,
     type=click.FloatRange(min=0),
-    help="Seconds between pings; who has not answered after as long again is closed. 0: no pings.",
+    help="Seconds of silence before a client is pinged; it is closed after about half as long again. 0: no pings.",
 )
 @click.option("--compression/--no-compression", default=False, help="Offer permessage-deflate.")
 @click.option(

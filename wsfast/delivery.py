@@ -216,6 +216,8 @@ class Delivery:
         backpressure: what happens to slow connections.
         threads: that write to sockets, the loop's own included.
         give_up: called with the record of a connection that is too slow, to disconnect it.
+        held: called with a link whose ping cannot leave, or no longer cannot.
+        ponged: called with a link and the payload of a pong.
 
     Threads: the event loop's only.
     """
@@ -229,6 +231,8 @@ class Delivery:
         backpressure: Backpressure,
         threads: int,
         give_up: Callable[[ConnectionMeta, bool], object],
+        held: Callable[[Link], object],
+        ponged: Callable[[Link, bytes], object],
     ) -> None:
         self._registry = registry
         self._events = events
@@ -242,6 +246,8 @@ class Delivery:
             hand_over=self.finish,
             has_room=self._tell_room,
             buffered=self._buffered,
+            held=held,
+            ponged=ponged,
             policy=POLICIES[backpressure.policy],
             max_bytes=backpressure.max_bytes,
             low_bytes=self._low_bytes,
@@ -524,6 +530,33 @@ class Delivery:
         finally:
             self._is_shedding = False
 
+    def ping(self, payload: bytes, records: list[ConnectionMeta]) -> list[ConnectionMeta]:
+        """Send a ping to each of these, before what waits for them. It leaves at the end of the loop's turn.
+
+        Returns:
+            Those that are closed or closing.
+        """
+        between, closed = self._fanout.ping(payload, records, monotonic_ns())
+        for link in between:
+            self._ping_between_fragments(link)
+        if self._fanout.in_line:
+            self._schedule()
+        return closed
+
+    def _ping_between_fragments(self, link: Link) -> None:
+        """A control frame may stand between the fragments of a message (RFC 6455, 5.4)."""
+        ws: Any = link.ws
+        data = link.take_ping()
+        if ws is None or not data:
+            return
+        try:
+            adapter = adapter_for(ws)
+            in_buffer = adapter.write(ws, data)
+            if in_buffer:
+                self._wait_for_transport(link, ws, adapter, in_buffer)
+        except Exception as error:
+            self._fail(link, error)
+
     # ---- flushing
 
     def _schedule(self) -> None:
@@ -547,7 +580,9 @@ class Delivery:
 
     def _writable(self, link: Link) -> None:
         """The core's message that a link that waited need not wait any longer."""
-        if link.messages:
+        if link.is_between_fragments:
+            self._ping_between_fragments(link)
+        if self._fanout.in_line:
             self._schedule()
 
     def _buffered(self, link: Link) -> int:
@@ -620,7 +655,9 @@ class Delivery:
             link.close()
             return
         if link in self._by_library or adapter.is_fragmenting(ws):
-            self._send_by_library(link, ws, adapter)
+            self._ping_between_fragments(link)
+            if link.messages and not link.is_blocked:
+                self._send_by_library(link, ws, adapter)
             return
         in_buffer = adapter.buffered(ws)
         if in_buffer:
@@ -656,7 +693,7 @@ class Delivery:
             while (message := link.peek_message()) is not None:
                 nbytes = len(message.encode() if isinstance(message, str) else message)
                 # Taken before it is sent, since what waits may be dropped or replaced meanwhile.
-                link.commit(1, nbytes, is_counted=True)
+                link.take_message(nbytes)
                 await adapter.send(ws, message)
                 if not is_counted:
                     record.sent(nbytes)
@@ -772,6 +809,7 @@ class Delivery:
             "writes_through": stats["through"],
             "writes_blocked": stats["blocked"],
             "writes_failed": stats["failed"],
+            "pings": stats["pings"],
             "waiting": stats["waiting"],
             "queued_bytes": stats["queued_bytes"],
             "conflated": stats["conflated"],

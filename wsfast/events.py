@@ -33,11 +33,15 @@ if TYPE_CHECKING:
     from wsfast._core import ConnectionMeta
 
 __all__ = [
+    "ConnectionCleared",
     "ConnectionClosed",
     "ConnectionOpened",
+    "ConnectionSuspect",
     "ConnectionTooSlow",
     "Event",
     "EventBus",
+    "GradeChanged",
+    "LoopLate",
     "MessageConflated",
     "MessagesDropped",
     "SendFailed",
@@ -152,6 +156,54 @@ class SendFailed(Event):
 
     conn: ConnectionMeta
     error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionSuspect(Event):
+    """There is reason to think that a connection is dead. Any byte that comes clears it: ``ConnectionCleared``.
+
+    Attributes:
+        conn: the connection, whose status is SUSPECT if it was ONLINE.
+        reason: "silent" if it does not answer in time, "ping_failed" if a ping could not leave for it in time.
+        silent_s: seconds since the last sign of life.
+    """
+
+    conn: ConnectionMeta
+    reason: Literal["silent", "ping_failed"]
+    silent_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionCleared(Event):
+    """A connection that was suspect has given a sign of life."""
+
+    conn: ConnectionMeta
+
+
+@dataclass(frozen=True, slots=True)
+class GradeChanged(Event):
+    """A connection has become better or worse.
+
+    Attributes:
+        conn: the connection; ``conn.quality`` tells some of the measures.
+        grade: a ``wsfast.Grade``: 0 good, 1 fair, 2 poor, 3 bad.
+        before: the former one.
+    """
+
+    conn: ConnectionMeta
+    grade: int
+    before: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoopLate(Event):
+    """The event loop did nothing for a while; no connection is blamed for it.
+
+    Attributes:
+        late_s: seconds by which a tick was late.
+    """
+
+    late_s: float
 
 
 class EventBus:

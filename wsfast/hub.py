@@ -33,9 +33,9 @@ What cannot be done is answered by ``{"type": "error", "code": ..., "reason": ..
 a UTF-8 form), ``not_an_object``, ``missing_field``, ``wrong_type``, ``bad_value``, ``unknown_type``, ``bad_name``,
 ``too_many_groups``, ``not_a_member``, ``not_connected``.
 
-Close codes: 1013 for a client that reads too slowly; 1008 with the reason if the ids of the URL cannot be used or the
-client id is taken; 1009 for a message of more than four times the limit, which is not even read; 4409 for a client
-whose id was taken over (``on_duplicate="replace"``); 1001 when the server ends.
+Close codes: 1013 for a client that reads too slowly; 4408 for one that gave no sign of life; 1008 with the reason if
+the ids of the URL cannot be used or the client id is taken; 1009 for a message of more than four times the limit, which
+is not even read; 4409 for a client whose id was taken over (``on_duplicate="replace"``); 1001 when the server ends.
 
 Not done here: authentication. The ids of the URL are taken on trust.
 """
@@ -71,6 +71,7 @@ from wsfast.errors import (
     WsfastError,
 )
 from wsfast.events import ConnectionClosed, ConnectionOpened
+from wsfast.health import HealthPolicy
 from wsfast.manager import Connection, ConnectionManager
 
 __all__ = ["CannotListen", "Hub", "HubSettings", "Refused", "parse"]
@@ -108,8 +109,8 @@ class HubSettings:
         path: the only path of the URL that is served; None: any.
         shards, max_id_bytes, max_groups: of the registry; ``max_group_bytes`` holds for user ids as well.
         max_message_bytes: longest request that is read.
-        ping_interval_s: seconds between pings; a client that has not answered after as long again is closed; None: no
-            pings.
+        ping_interval_s: seconds without a sign of life before a client is sent a ping; one that gives none for about
+            half as long again is closed. All other times are in proportion: see ``HealthPolicy.every``. None: no pings.
         origins: the origins that browsers may come from; empty: any. Clients without an origin, which are no
             browsers, are always let in.
         on_duplicate: what becomes of a client whose id is taken: "reject" it, or "replace" the older connection.
@@ -127,7 +128,7 @@ class HubSettings:
     max_id_bytes: int = 256
     max_group_bytes: int = 256
     max_groups: int = 100
-    ping_interval_s: float | None = 20.0
+    ping_interval_s: float | None = 16.0
     origins: tuple[str, ...] = ()
     on_duplicate: Literal["reject", "replace"] = "reject"
     compression: bool = False
@@ -182,6 +183,7 @@ class Hub:
             backpressure=Backpressure(
                 policy=settings.slow_clients, max_bytes=settings.max_queued_bytes, max_age_s=settings.max_queued_s
             ),
+            health=None if settings.ping_interval_s is None else HealthPolicy.every(settings.ping_interval_s),
             threads=settings.threads,
         )
         self.manager.on(ConnectionOpened, _log_opened)
@@ -220,8 +222,7 @@ class Hub:
                 process_request=self._check_path,
                 origins=[*map(Origin, settings.origins), None] if settings.origins else None,
                 max_size=_HARD_LIMIT_FACTOR * settings.max_message_bytes,
-                ping_interval=settings.ping_interval_s,
-                ping_timeout=settings.ping_interval_s,
+                ping_interval=None,
                 compression="deflate" if settings.compression else None,
             )
         except BaseException as error:

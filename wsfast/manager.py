@@ -21,12 +21,13 @@ import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil
-from time import perf_counter
+from time import monotonic_ns, perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, TypeVar, Unpack, cast
 
 from wsfast import reference
 from wsfast._core import ConnectionMeta, Registry
+from wsfast._health import Health
 from wsfast.adapters import Closed, adapter_for
 from wsfast.connection import ConnectionStatus, Verbs
 from wsfast.delivery import BACKPRESSURE, Backpressure, BroadcastResult, Delivery, Message, Tag, Undelivered
@@ -37,9 +38,12 @@ from wsfast.errors import (
     ManagerClosed,
     PeerClosed,
     PeerFailed,
+    UnknownConnection,
     WrongThread,
 )
 from wsfast.events import ConnectionClosed, ConnectionOpened, Event, EventBus
+from wsfast.health import HEALTH, Explanation, HealthMonitor, HealthPolicy
+from wsfast.heartbeat import Heartbeat
 
 if TYPE_CHECKING:
     from wsfast._fanout import Link
@@ -51,6 +55,7 @@ __all__ = ["REPLACED", "Attachment", "CloseReport", "Connection", "ConnectionMan
 logger = logging.getLogger(__name__)
 
 _E = TypeVar("_E", bound=Event)
+_T = TypeVar("_T")
 
 REPLACED = Closed(4409, "replaced by a newer connection", "us")
 """How a connection is closed whose id a newer one took with ``on_duplicate="replace"``. A client that is told this
@@ -64,6 +69,9 @@ _LAST_WORDS_S = 10.0
 
 # What asynchronous subscribers may take for their last events after the connections are closed.
 _EVENTS_GRACE_S = 1.0
+
+# Reading a clock twice takes less than this.
+_CLOCKS_APART_NS = 10**9
 
 # More threads than this gain little: the kernel's own work for the receivers takes the other cores.
 _MOST_DEFAULT_THREADS = 4
@@ -172,6 +180,8 @@ class ConnectionManager:
         max_queued_events: calls of asynchronous subscribers that may wait; see ``EventBus``.
         drain: how connections are sent away by :meth:`close`.
         backpressure: what happens to connections whose peers do not keep up.
+        health: when connections are pinged, suspected and given up. None: never, and deadlines of records are the
+            application's own.
         threads: how many threads write to sockets, the event loop's own included: at most 16. By default one for each
             core that the process may use, but no more than 4. The others start with the first large fan-out, hold no
             GIL, and end with the manager.
@@ -196,11 +206,14 @@ class ConnectionManager:
         max_queued_events: int = 10_000,
         drain: DrainPolicy = DrainPolicy(),
         backpressure: Backpressure = BACKPRESSURE,
+        health: HealthPolicy | None = HEALTH,
         threads: int | None = None,
     ) -> None:
         if max_message_bytes < 1:
             raise InvalidSetting("max_message_bytes", max_message_bytes, "1 or more")
         _check_close(backpressure.code, backpressure.reason)
+        if health is not None:
+            _check_close(health.code, health.reason)
         if isinstance(registry, str):
             registry = _make_registry(
                 registry,
@@ -221,7 +234,11 @@ class ConnectionManager:
             backpressure=backpressure,
             threads=min(_cores(), _MOST_DEFAULT_THREADS) if threads is None else threads,
             give_up=self._give_up,
+            held=self._held,
+            ponged=self._ponged,
         )
+        self._health = None if health is None else _make_monitor(health, registry)
+        self._heartbeat: Heartbeat | None = None
         self._too_slow = Closed(backpressure.code, backpressure.reason, "us")
         self._drain = drain
         self._state = "not started"
@@ -250,6 +267,11 @@ class ConnectionManager:
         self._delivery.threads = value
 
     @property
+    def health(self) -> HealthMonitor | None:
+        """What is known of the health of connections; None: nothing is, and none is pinged."""
+        return self._health
+
+    @property
     def events(self) -> EventBus:
         """The bus behind :meth:`on`."""
         return self._events
@@ -275,8 +297,12 @@ class ConnectionManager:
             raise ManagerClosed("started already" if self._state == "open" else self._state)
         if self._registry.owner is not None:
             raise InvalidSetting("registry", self._registry, "one that no other manager uses")
+        if self._health is not None and abs(self._registry.now_ns() - monotonic_ns()) > _CLOCKS_APART_NS:
+            raise InvalidSetting("registry", self._registry, "one with the system's clock, where there is health")
         self._registry.owner = self
         self._thread = threading.get_ident()
+        if self._health is not None:
+            self._heartbeat = Heartbeat(self._health, self._registry, self._delivery, self._events, self._end_dead)
         self._state = "open"
 
     async def close(self, timeout_s: float = 10.0) -> CloseReport:
@@ -459,6 +485,10 @@ class ConnectionManager:
         ``conflated``, ``dropped_by_bytes``, ``dropped_by_age``, ``dropped_by_budget``, ``dropped_by_closed``: messages
         that were not sent, by cause. ``too_slow_by_bytes``, ``too_slow_by_age``, ``too_slow_by_budget``: connections
         that were given up.
+
+        ``pings``: that were sent; and, unless there is no health: ``pongs``, of which ``late_pongs`` and
+        ``unasked_pongs``; ``suspects``, ``deaths``, ``failed_pings``: how often a connection became suspect, was found
+        dead, and could not be pinged in time; ``late_ms``: how long the loop was late, in all.
         """
         return {
             **cast("dict[str, int]", self._registry.stats()),
@@ -467,7 +497,23 @@ class ConnectionManager:
             "event_errors": self._events.errors,
             "events_dropped": self._events.dropped,
             **self._delivery.stats(),
+            **({} if self._health is None else self._health.stats()),
+            "pings": self._delivery.stats()["pings"] + (self._heartbeat.pings_by_library if self._heartbeat else 0),
         }
+
+    def explain(self, client_id: str) -> Explanation:
+        """What has happened to the connection with this id lately, or to the last one that had it.
+
+        Raises:
+            UnknownConnection: there is none, and none that has ended is remembered: see ``HealthPolicy.explain`` and
+                ``explain_closed``; or there is no health.
+        """
+        if self._health is None:
+            raise UnknownConnection(client_id)
+        record = self._registry.get(client_id)
+        attachment = None if record is None else self._attachments.get(id(record.conn))
+        peak_bytes = 0 if attachment is None else attachment.link.peak_bytes
+        return self._health.explain(client_id, record, self._registry.now_ns(), peak_bytes)
 
     def _check(self, call: str) -> None:
         """Raise unless *call* may be made now and on this thread. Who is still connected may be sent to to the end."""
@@ -523,9 +569,13 @@ class ConnectionManager:
         except BaseException:
             self._registry.remove(record)
             raise
+        attachment.detach = _nothing
         try:
             attachment.detach = attachment.adapter.attach(attachment.ws, attachment.link, attachment.lost)
+            if self._heartbeat is not None:
+                self._heartbeat.admit(record, attachment.link, attachment.ws, attachment.adapter)
         except BaseException:
+            attachment.detach()
             self._registry.remove(record)
             self._delivery.forget(attachment.link)
             raise
@@ -555,6 +605,22 @@ class ConnectionManager:
             attachment.adapter.abort(attachment.ws)
         else:
             self._say_farewell(attachment, self._too_slow)
+
+    def _end_dead(self, record: ConnectionMeta, closed: Closed) -> None:
+        """Unregister a dead connection, and close it in case it can still read why."""
+        attachment = self._attachments.get(id(record.conn))
+        if attachment is None or self._health is None:
+            return
+        attachment.end(closed)
+        self._run_farewell(_close_soon(attachment, closed, self._health.policy.ping_deadline_s))
+
+    def _held(self, link: Link) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.held(link)
+
+    def _ponged(self, link: Link, payload: bytes) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.ponged(link, payload)
 
     async def _close(self, timeout_s: float) -> CloseReport:
         started, connections = perf_counter(), len(self._attachments)
@@ -615,6 +681,8 @@ class ConnectionManager:
 
     def _cut_off(self, undelivered: list[Undelivered]) -> int:
         """End at once what is left, and let go of everything. Returns how many were left."""
+        if self._heartbeat is not None:
+            self._heartbeat.close()
         left = list(self._attachments.values())
         for attachment in left:
             if attachment.unsent is None:  # its close has not begun
@@ -733,6 +801,14 @@ class Attachment:
         record = self.record
         return {"session": record.session, "metadata": record.metadata, "groups": record.groups}
 
+    def _ask(self, what: Callable[..., _T], *arguments: Any) -> _T | None:
+        """Ask the adapter: whatever it raises must not keep an end from coming to its end."""
+        try:
+            return what(*arguments)
+        except Exception:
+            logger.exception("the adapter of %r fails", self.record.client_id)
+            return None
+
     def end(self, otherwise: Closed, last_words: _LastWords | None = None) -> None:
         """Unregister the connection, once; later calls do nothing.
 
@@ -746,7 +822,7 @@ class Attachment:
         manager, record = self.manager, self.record
         # If the connection lives on for a moment, it gets what waits for it before it is closed.
         manager._delivery.finish(self.link)
-        closed = self.adapter.closed(self.ws) or otherwise
+        closed = self._ask(self.adapter.closed, self.ws) or otherwise
         if not closed.is_clean:
             # What is behind the close frame was not to be delivered. Before one is written, there is nothing.
             close_frame = 4 + len(closed.reason.encode()) if closed.by == "us" else 0
@@ -759,11 +835,17 @@ class Attachment:
         manager._closed += 1
         if not manager._attachments:
             manager._empty.set()
-        self.detach()
+        self._ask(self.detach)
+        if manager._heartbeat is not None:
+            manager._heartbeat.forget(record, self.link, closed)
         manager._delivery.forget(self.link)
         if wanted and last_words is not None:
             duration_s = (manager._registry.now_ns() - record.created_ns) / 1e9
             manager._events.publish(ConnectionClosed(record, *closed[:3], duration_s, **last_words))
+
+
+def _nothing() -> None:
+    """There is nothing to undo."""
 
 
 async def _close_quietly(attachment: Attachment, closed: Closed) -> None:
@@ -776,6 +858,22 @@ async def _close_quietly(attachment: Attachment, closed: Closed) -> None:
         logger.warning("cannot close %r, cutting it off: %r", attachment.record.client_id, error)
         attachment.cut_off()
     attachment.end(closed)
+
+
+async def _close_soon(attachment: Attachment, closed: Closed, timeout_s: float) -> None:
+    """Close a connection that is dead in all likelihood: its answer is not waited for as long as usual."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await attachment.close(closed.code, closed.reason)
+    except Exception as error:
+        logger.debug("no answer to the close frame of %r: %r", attachment.record.client_id, error)
+    finally:
+        attachment.cut_off()
+
+
+def _make_monitor(policy: HealthPolicy, registry: Registry) -> HealthMonitor:
+    health = Health if isinstance(registry, Registry) else reference.Health
+    return HealthMonitor(policy, now_ns=registry.now_ns(), health=health)
 
 
 def _make_registry(name: str, shards: int, **limits: int) -> Registry:

@@ -8,9 +8,11 @@ import contextlib
 import importlib.util
 import os
 import socket
+import ssl
 import struct
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 import websockets
@@ -48,6 +50,12 @@ async def until(condition: Callable[[], object], what: str = "") -> None:
         pytest.fail(f"still not true after {DEADLINE_S} s: {what or condition}")
 
 
+@pytest.fixture(autouse=True)
+def no_pings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that are not about health count the frames that come: no pings, unless a manager is told otherwise."""
+    monkeypatch.setitem(cast("Any", ConnectionManager.__init__).__kwdefaults__, "health", None)
+
+
 @pytest.fixture(params=["native", "reference"])
 def registry_name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -63,6 +71,20 @@ async def manager(registry_name: str) -> AsyncIterator[ConnectionManager]:
     stats = manager.stats()
     assert stats["opened"] == stats["closed"]
     assert stats["event_errors"] == 0
+
+
+@pytest.fixture(scope="session")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """How the two sides of a connection meet under TLS, with a certificate that signs itself."""
+    directory = tmp_path_factory.mktemp("certificate")
+    key, cert = directory / "key.pem", directory / "cert.pem"
+    command = f"openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -keyout {key} -out {cert}"
+    subprocess.run(command.split(), check=True, capture_output=True)
+    server_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server_side.load_cert_chain(cert, key)
+    client_side = ssl.create_default_context(cafile=str(cert))
+    client_side.check_hostname = False
+    return server_side, client_side
 
 
 class Seen(list[Event]):
@@ -293,6 +315,10 @@ class FakeLink:
         in_buffer: bytes that its transport claims to have after a write.
         framing: of its messages; None: only its library can send.
         gate: what the library's own ``send`` waits for.
+        sees_pongs: whether its adapter claims to.
+        is_reading: whether its transport reads.
+        pings: payloads of the pings that its library was asked to send.
+        answers: what the library's own ``ping`` waits for.
     """
 
     def __init__(self, framing: Framing | None = PLAIN) -> None:
@@ -306,6 +332,10 @@ class FakeLink:
         self.aborted = False
         self.gate = asyncio.Event()
         self.gate.set()
+        self.sees_pongs = self.is_reading = True
+        self.pings: list[bytes] = []
+        self.answers = asyncio.Event()
+        self.answers.set()
 
     def drain(self) -> None:
         """The transport has written everything."""
@@ -325,6 +355,19 @@ class FakeAdapter:
 
     def attach(self, ws: FakeLink, link: Any, lost: Callable[[], None]) -> Callable[[], None]:
         return lambda: None
+
+    def fileno(self, ws: FakeLink) -> int:
+        return -1
+
+    def is_reading(self, ws: FakeLink) -> bool:
+        return ws.is_reading
+
+    def sees_pongs(self, ws: FakeLink) -> bool:
+        return ws.sees_pongs
+
+    async def ping(self, ws: FakeLink, payload: bytes) -> None:
+        ws.pings.append(payload)
+        await ws.answers.wait()
 
     def counts_sent(self, ws: FakeLink) -> bool:
         return False

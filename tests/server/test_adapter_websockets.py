@@ -48,16 +48,6 @@ async def only_record(manager: ConnectionManager) -> Any:
     return record
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Key and self-signed certificate."""
-    directory = tmp_path_factory.mktemp("certificate")
-    key, cert = directory / "key.pem", directory / "cert.pem"
-    command = f"openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -keyout {key} -out {cert}"
-    subprocess.run(command.split(), check=True, capture_output=True)
-    return key, cert
-
-
 class TestCounting:
     @pytest.mark.parametrize("compression", [None, "deflate"])
     async def test_messages_and_bytes_in_both_directions(
@@ -423,12 +413,8 @@ class TestServe:
             assert (record.messages_in, record.messages_out) == (1, 1)
             assert ADAPTER.remote_address(record.conn) == ""
 
-    async def test_tls(self, manager: ConnectionManager, certificate: tuple[Path, Path]) -> None:
-        key, cert = certificate
-        server_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        server_side.load_cert_chain(cert, key)
-        client_side = ssl.create_default_context(cafile=str(cert))
-        client_side.check_hostname = False
+    async def test_tls(self, manager: ConnectionManager, tls: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
+        server_side, client_side = tls
         async with (
             serving(echo, manager, ssl=server_side) as url,
             client(url.replace("ws://", "wss://"), ssl=client_side) as ws,

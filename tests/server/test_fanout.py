@@ -20,6 +20,8 @@ def make_fanout() -> Fanout:
         wake_up=nothing,
         hand_over=nothing,
         has_room=nothing,
+        held=nothing,
+        ponged=nothing,
         buffered=lambda link: link.in_transport,
         policy=0,
         max_bytes=2**20,

@@ -111,6 +111,20 @@ class Adapter(Protocol):
         is.
         """
 
+    def fileno(self, ws: Any) -> int:
+        """The descriptor of the socket, also below TLS, for the kernel to be asked about it; -1: unknown. Only if
+        ``lost`` is called before it is closed. Asked once for each connection.
+        """
+
+    def is_reading(self, ws: Any) -> bool:
+        """Whether what comes is read. While it is not, nobody is blamed for an answer that is missing."""
+
+    def sees_pongs(self, ws: Any) -> bool:
+        """Whether ``link.pong`` is called with the payload of each pong. Asked once for each connection."""
+
+    async def ping(self, ws: Any, payload: bytes) -> None:
+        """Ping in the library's own way, and wait for the pong. Asked for if ``sees_pongs`` or ``framing`` says no."""
+
     def counts_sent(self, ws: Any) -> bool:
         """Whether the adapter itself counts the messages that go through ``send`` on the record."""
 

@@ -8,6 +8,8 @@ over the wire is counted on it without a line in the handler:
   data messages as the application sees them: UTF-8 for text, after decompression on the way in, before compression on
   the way out. Frame headers, control frames and TLS are not counted. A message counts when its last fragment has come
   in, or has been handed to the transport; its bytes count fragment by fragment.
+- *Pongs*, by which the manager knows how long its pings took. Where the manager's health is on, the library's own pings
+  are off by default. (Not with ``attach=False``: who is not registered would not be pinged by anybody.)
 - *Signs of life*: any byte that comes in, so also a ping, a pong, or a part of a frame.
 
 What passes between the opening handshake and the registration is counted too, once there is a record.
@@ -29,6 +31,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import inspect
 import logging
@@ -111,7 +114,11 @@ class WebsocketsAdapter:
             return Closed(received.code, received.reason, "peer", is_clean)
         if sent is not None:
             return Closed(sent.code, sent.reason, "us", is_clean)
-        return None if self.is_open(ws) else Closed()
+        return (
+            None
+            if self.is_open(ws)
+            else Closed(1006, ws.wsfast_traffic.broken if isinstance(ws, _ManagedMixin) else "")
+        )
 
     def remote_address(self, ws: ServerConnection) -> str:
         address = ws.remote_address
@@ -156,6 +163,19 @@ class WebsocketsAdapter:
         elif not isinstance(ws, _ManagedMixin):
             # Kept alive by the waiter that it adds to the connection.
             asyncio.get_running_loop().create_task(_tell_when_written(ws, link))
+
+    def fileno(self, ws: ServerConnection) -> int:
+        sock = ws.transport.get_extra_info("socket") if isinstance(ws, _ManagedMixin) else None
+        return -1 if sock is None else int(sock.fileno())
+
+    def is_reading(self, ws: ServerConnection) -> bool:
+        return ws.transport.is_reading()
+
+    def sees_pongs(self, ws: ServerConnection) -> bool:
+        return isinstance(ws, _ManagedMixin)
+
+    async def ping(self, ws: ServerConnection, payload: bytes) -> None:
+        await (await ws.ping(payload))
 
     def counts_sent(self, ws: ServerConnection) -> bool:
         return isinstance(ws, _ManagedMixin)
@@ -269,6 +289,9 @@ def serve(
     """
     if manager is None:
         return _library.serve(handler, host, port, create_connection=cast("Any", create_connection), **options)
+    if attach and manager.health is not None:
+        # The library's own pings would be a second opinion, and a worse one.
+        options.setdefault("ping_interval", None)
     if attach:
         handler = functools.partial(_run_attached, handler, manager, identify)
     factory = _managed_factory(create_connection or ServerConnection)
@@ -325,9 +348,10 @@ class _Traffic:
     Traffic is counted on the record, or here until there is one.
     """
 
-    __slots__ = ("bytes_in", "bytes_out", "link", "lost", "messages_in", "messages_out", "record")
+    __slots__ = ("broken", "bytes_in", "bytes_out", "link", "lost", "messages_in", "messages_out", "record")
 
     def __init__(self) -> None:
+        self.broken = ""  # how, once it is
         self.record: ConnectionMeta | None = None
         self.link: Link | None = None
         self.lost: Callable[[], None] | None = None
@@ -455,18 +479,43 @@ class _ManagedMixin(ServerConnection):
     def process_event(self, event: Any) -> None:
         if isinstance(event, Frame) and event.opcode in DATA_OPCODES:
             self.wsfast_traffic.received(_size(event.data), int(event.fin))
+        elif isinstance(event, Frame) and event.opcode is Opcode.PONG and self.wsfast_traffic.link is not None:
+            self.wsfast_traffic.link.pong(bytes(event.data))
         super().process_event(event)
+
+    def eof_received(self) -> None:
+        self.wsfast_traffic.broken = _why_broken(None)
+        super().eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
         # First of all: after this call the descriptor may be another connection's.
         if self.wsfast_traffic.link is not None:
             self.wsfast_traffic.link.close()
+        self.wsfast_traffic.broken = _why_broken(exc)
         super().connection_lost(exc)
         if self.wsfast_traffic.lost is not None:
             self.wsfast_traffic.lost()
         # The library's protocol and its parser refer to each other, so both wait for the garbage collector. The record
         # must not wait with them.
         cast("_CountingProtocol", self.protocol).wsfast_traffic = _Traffic()
+
+
+def _why_broken(error: Exception | None) -> str:
+    """How a connection ended without a close frame, in the words of a close reason."""
+    if error is None:
+        return "end of stream"
+    if isinstance(error, OSError) and error.errno in _BREAKS:
+        return _BREAKS[error.errno]
+    return str(error) or type(error).__name__
+
+
+_BREAKS = {
+    errno.ECONNRESET: "reset by the peer",
+    errno.EPIPE: "reset by the peer",
+    errno.ETIMEDOUT: "not acknowledged in time",
+    errno.EHOSTUNREACH: "host unreachable",
+    errno.ENETUNREACH: "network unreachable",
+}
 
 
 def _size(data: Any) -> int:
