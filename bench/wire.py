@@ -101,6 +101,12 @@ class Receivers(_Process):
         self.write("count")
         return int(self._read("frames").split()[1])
 
+    def health(self) -> tuple[int, int]:
+        """Pings that all connections have answered so far, and how many connections have ended."""
+        self.write("health")
+        _, pings, closed = self._read("health").split()
+        return int(pings), int(closed)
+
     def _read(self, word: str) -> str:
         while not (line := self.read()).startswith(word):
             if not line.startswith("closed"):
@@ -115,13 +121,18 @@ class Server(_Process):
         path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
         command = [sys.executable, "-m", "bench.servers", kind, json.dumps(settings)]
         super().__init__(command, cwd=_ROOT, env={**os.environ, "PYTHONPATH": path})
-        self.port: int = self._answer()
+        self.port: int = self.answer()
 
     def call(self, method: str, **arguments: Any) -> Any:
-        self.write(json.dumps([method, arguments]))
-        return self._answer()
+        self.begin(method, **arguments)
+        return self.answer()
 
-    def _answer(self) -> Any:
+    def begin(self, method: str, **arguments: Any) -> None:
+        """Have a method called; ``answer`` waits for what it returns."""
+        self.write(json.dumps([method, arguments]))
+
+    def answer(self) -> Any:
+        """What the last line that was written is answered with."""
         answer = json.loads(self.read())
         if "error" in answer:
             raise Broken(f"server: {answer['error']}")

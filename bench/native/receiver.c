@@ -7,9 +7,10 @@
  *   pause N               the first N connections stop reading;  `ok`
  *   resume                all read again, whatever comes;        `ok`
  *   count                 `frames N`: of all connections so far
+ *   health                `health PINGS CLOSED`: pings that all have got and answered, connections that have ended
  *
- * Anything that is not an unmasked text, binary or close frame, and anything more than expected, is `error TEXT`, and the
- * end. A connection that the server closes is printed as `closed N CODE` once it is not expected to read.
+ * Pings are answered. Anything else that is not an unmasked text, binary or close frame, and anything more than expected,
+ * is `error TEXT`, and the end. A connection that the server closes is printed as `closed N CODE` once it is not expected to read.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -34,11 +35,14 @@ typedef struct {
     uint32_t header_size; /* bytes of it that are there */
     uint64_t payload_left;
     uint64_t frames, bytes;
+    uint8_t control[125]; /* payload of a control frame, so far */
+    uint32_t control_size;
     uint64_t round_frames, round_bytes; /* of the round */
 } peer;
 
 static peer *peers;
-static int peer_count, epoll, receive_buffer;
+static int peer_count, epoll, receive_buffer, closed;
+static uint64_t pings;
 static uint64_t want_frames, want_bytes;
 static int waiting; /* peers that have not got all yet */
 static int judged;  /* whether there is a round */
@@ -126,6 +130,8 @@ static uint32_t header_length(const peer *at)
     return at->header[1] < 126 ? 2 : at->header[1] == 126 ? 4 : 10;
 }
 
+static int is_control(const peer *at) { return at->header[0] & 0x08; }
+
 static void begin_frame(peer *at)
 {
     uint64_t size = at->header[1];
@@ -135,15 +141,30 @@ static void begin_frame(peer *at)
         for (uint32_t i = 2; i < length; i++)
             size = size << 8 | at->header[i];
     }
-    if (at->header[0] != 0x81 && at->header[0] != 0x82 && at->header[0] != 0x88)
+    if (at->header[0] != 0x81 && at->header[0] != 0x82 && at->header[0] != 0x88 && at->header[0] != 0x89)
         fail("frame begins with 0x%02x", at->header[0]);
+    if (is_control(at) && size > sizeof at->control)
+        fail("a control frame of %llu bytes", (unsigned long long)size);
     at->payload_left = size;
+    at->control_size = 0;
+}
+
+/* Masked with zeros. */
+static void answer_ping(peer *at)
+{
+    uint8_t pong[6 + sizeof at->control] = {0x8A, (uint8_t)(0x80 | at->control_size)};
+    memcpy(pong + 6, at->control, at->control_size);
+    if (send(at->fd, pong, 6 + at->control_size, MSG_NOSIGNAL) != (ssize_t)(6 + at->control_size) && judged)
+        fail("cannot answer a ping: %s", strerror(errno));
+    pings++;
 }
 
 static void end_frame(peer *at)
 {
     at->header_size = 0;
-    if (at->header[0] == 0x88)
+    if (at->header[0] == 0x89)
+        answer_ping(at);
+    if (is_control(at))
         return;
     at->frames++;
     at->round_frames++;
@@ -168,7 +189,10 @@ static void take(peer *at, const uint8_t *data, size_t size)
         } else {
             size_t part = size < at->payload_left ? size : (size_t)at->payload_left;
             at->payload_left -= part;
-            if (at->header[0] != 0x88) {
+            if (is_control(at)) {
+                memcpy(at->control + at->control_size, data, part);
+                at->control_size += (uint32_t)part;
+            } else {
                 at->bytes += part;
                 at->round_bytes += part;
             }
@@ -192,6 +216,7 @@ static void read_from(int number)
             fail("connection %d ended: %s", number, size == 0 ? "closed" : strerror(errno));
         epoll_ctl(epoll, EPOLL_CTL_DEL, at->fd, NULL);
         at->closed = 1;
+        closed++;
         printf("closed %d\n", number);
         fflush(stdout);
     }
@@ -234,6 +259,10 @@ static void obey(const char *line)
         for (int i = 0; i < peer_count; i++)
             total += peers[i].frames;
         printf("frames %llu\n", total);
+        fflush(stdout);
+        return;
+    } else if (strncmp(line, "health", 6) == 0) {
+        printf("health %llu %d\n", (unsigned long long)pings, closed);
         fflush(stdout);
         return;
     } else {

@@ -2,8 +2,8 @@
 standard input; see :mod:`bench.wire`.
 
 ``wsfast``: the ``websockets`` library's server with a wsfast manager. On the same live connections it also runs the
-floor, ``websockets.broadcast`` and a plain loop, so that these differ in nothing but the way of sending. ``picows``: a
-server of that library.
+floor, ``websockets.broadcast`` and a plain loop, so that these differ in nothing but the way of sending.
+``websockets``: that library's server by itself, with its own pings. ``picows``: a server of that library.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from collections.abc import Callable
 from typing import Any
 
 from websockets.asyncio.server import ServerConnection, broadcast
+from websockets.asyncio.server import serve as library_serve
+from websockets.protocol import State
 
-from wsfast import Backpressure, ConnectionManager
+from wsfast import Backpressure, ConnectionManager, HealthPolicy
 from wsfast.adapters.websockets import serve
 
 
@@ -64,6 +66,22 @@ class _Server:
     async def wait_for(self, connections: int) -> None:
         while len(self._connections) < connections:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
+
+    async def processor_s(self) -> float:
+        """Processor time of this process so far."""
+        return time.process_time()
+
+    async def block(self, seconds: float) -> None:
+        """Do nothing for so long, and let nobody else do anything."""
+        time.sleep(seconds)  # noqa: ASYNC251
+
+    async def open(self) -> int:
+        """Connections that have not ended."""
+        raise NotImplementedError
+
+    async def stats(self) -> dict[str, int]:
+        """What the server counts."""
+        return {}
 
     async def clocked(self, way: str, **arguments: Any) -> tuple[int, float]:
         """A way with the garbage collector off: the monotonic time of its begin, and what it returns."""
@@ -112,13 +130,22 @@ class _Server:
 class WsfastServer(_Server):
     """``websockets`` with a manager."""
 
-    def __init__(self, floor: str, backpressure: dict[str, Any] | None = None, buffer: int = 0) -> None:
+    def __init__(
+        self,
+        floor: str,
+        backpressure: dict[str, Any] | None = None,
+        health: dict[str, Any] | None = None,
+        buffer: int = 0,
+    ) -> None:
         super().__init__(buffer)
         self._floor = ctypes.CDLL(floor).floor_send
         self._floor.restype = ctypes.c_long
         self._floor.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int]
         self._fds: Any = None
-        self.manager = ConnectionManager(backpressure=Backpressure(**(backpressure or {})))
+        self.manager = ConnectionManager(
+            backpressure=Backpressure(**(backpressure or {})),
+            health=None if health is None else HealthPolicy(**health),
+        )
 
     async def start(self) -> int:
         await self.manager.start()
@@ -146,6 +173,9 @@ class WsfastServer(_Server):
 
     async def stats(self) -> dict[str, int]:
         return self.manager.stats()
+
+    async def open(self) -> int:
+        return len(self.manager.registry)
 
     # ---- ways to send
 
@@ -198,6 +228,28 @@ class WsfastServer(_Server):
         return seconds
 
 
+class WebsocketsServer(_Server):
+    """``websockets`` by itself."""
+
+    def __init__(self, floor: str, keepalive: dict[str, Any] | None = None, buffer: int = 0) -> None:
+        super().__init__(buffer)
+        self._keepalive = keepalive or {}
+
+    async def start(self) -> int:
+        server = await library_serve(self._handle, "127.0.0.1", 0, compression=None, backlog=4096, **self._keepalive)
+        return int(next(iter(server.sockets)).getsockname()[1])
+
+    async def _handle(self, ws: ServerConnection) -> None:
+        self._add(ws, ws.transport)
+        try:
+            await ws.wait_closed()
+        finally:
+            self._connections.remove(ws)
+
+    async def open(self) -> int:
+        return sum(ws.state is State.OPEN for ws in self._connections)
+
+
 class PicowsServer(_Server):
     """``picows`` with a loop over its transports, as in its own example."""
 
@@ -237,7 +289,7 @@ def _timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-_KINDS: dict[str, Any] = {"wsfast": WsfastServer, "picows": PicowsServer}
+_KINDS: dict[str, Any] = {"wsfast": WsfastServer, "websockets": WebsocketsServer, "picows": PicowsServer}
 
 
 async def _obey(kind: str, settings: dict[str, Any]) -> None:
