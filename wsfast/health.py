@@ -140,7 +140,7 @@ class HealthPolicy:
     acks_s: float = 30.0
     kernel: bool = True
     retransmit_s: float | None = 2.0
-    pings_per_h: float | None = 165.0
+    pings_per_h: float | None = 177.0
     waits_per_1000h: float = 60.0
     expected_wait_s: float = 10.0
     learning_interval_s: float = 5.0

@@ -1417,7 +1417,7 @@ class TestPolicies:
         policy = HealthPolicy.every(48.0, probes=1, answer_s=7.0)
         assert (policy.timeout_s, policy.acks_s, policy.poor_interval_s) == (90.0, 90.0, 24.0)
         assert policy.silence_s == 3 * HEALTH.silence_s
-        assert (policy.probes, policy.answer_s, policy.pings_per_h, policy.retransmit_s) == (1, 7.0, 55.0, 6.0)
+        assert (policy.probes, policy.answer_s, policy.pings_per_h, policy.retransmit_s) == (1, 7.0, 59.0, 6.0)
         assert (policy.late_s, policy.tick_s, policy.lateness_s) == (1.0, 0.25, 0.05)
         assert (policy.fair, policy.ping_deadline_s) == (HEALTH.fair, 5.0)
         quick = HealthPolicy.every(0.16)
