@@ -15,6 +15,7 @@ from cpython.unicode cimport PyUnicode_FromObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from core cimport *
+from records cimport WSF_RECORDS_CAPSULE, wsf_records
 
 from collections.abc import ItemsView, KeysView, Mapping, ValuesView
 from time import monotonic_ns, time

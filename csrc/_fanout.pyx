@@ -17,6 +17,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
 
 from fanout cimport *
+from records cimport WSF_RECORDS_CAPSULE, wsf_records
 
 from time import monotonic_ns
 

@@ -13,6 +13,7 @@ from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport int64_t, uint32_t
 
 from vitals cimport *
+from records cimport WSF_RECORDS_CAPSULE, wsf_records
 
 from wsfast._core import ConnectionMeta
 from wsfast.connection import ConnectionStatus

@@ -78,11 +78,6 @@ typedef struct wsf_link {
     PyObject *handle;      /* borrowed: what the owner of the fan-out knows the link by */
 } wsf_link;
 
-/* The table's hash is keyed where strangers choose the keys. They do not choose addresses. */
-static inline uint32_t wsf_pointer_hash(const void *pointer)
-{
-    return (uint32_t)(((uint64_t)(uintptr_t)pointer >> 4) * UINT64_C(0x9E3779B97F4A7C15) >> 32);
-}
 static inline uint32_t wsf_link_hash(const void *link) { return wsf_pointer_hash(((const wsf_link *)link)->record); }
 
 static inline uint64_t wsf_link_bytes(const wsf_link *link) { return link->outbox.bytes + link->in_transport; }

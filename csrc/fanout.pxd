@@ -46,12 +46,6 @@ cdef extern from "frame.h":
     void wsf_frame_keep(wsf_frame *frame, PyObject *bytes) noexcept
 
 
-cdef extern from "records.h":
-    const char *WSF_RECORDS_CAPSULE
-    ctypedef struct wsf_records:
-        void (*sent)(PyObject *record, uint64_t messages, uint64_t bytes) noexcept
-
-
 cdef extern from "outbox.h":
     ctypedef uintptr_t wsf_entry
     ctypedef struct wsf_outbox:

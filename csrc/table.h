@@ -64,6 +64,12 @@ static inline void *wsf_table_find(const wsf_table *table, uint32_t hash, const 
     }
 }
 
+/* The hash of an address, for tables whose items are found by one: strangers do not choose addresses. */
+static inline uint32_t wsf_pointer_hash(const void *pointer)
+{
+    return (uint32_t)(((uint64_t)(uintptr_t)pointer >> 4) * UINT64_C(0x9E3779B97F4A7C15) >> 32);
+}
+
 /* item: borrowed until it is removed, not in the table yet, and no other item equals it. WSF_NO_MEMORY changes
  * nothing. */
 int wsf_table_insert(wsf_table *table, int64_t *account, uint32_t hash, void *item, wsf_hash_of hash_of);

@@ -4,6 +4,8 @@
 #define MS INT64_C(1000000)
 #define HOUR_NS (3600 * INT64_C(1000000000))
 
+static void note(wsf_vitals *vitals, wsf_health *health, int64_t now_ns, uint32_t what, uint32_t value, uint32_t number);
+
 /* ---- the clock ------------------------------------------------------------------------------------------------------------ */
 
 void wsf_health_init(wsf_health *health, const wsf_health_settings *settings, int64_t now_ns)
@@ -52,12 +54,7 @@ int64_t wsf_health_tick(wsf_health *health, int64_t now_ns)
 
 static int is_of_record(const void *vitals, const void *record) { return ((const wsf_vitals *)vitals)->record == record; }
 
-static uint32_t hash_of(const PyObject *record)
-{
-    return (uint32_t)(((uint64_t)(uintptr_t)record >> 4) * UINT64_C(0x9E3779B97F4A7C15) >> 32);
-}
-
-uint32_t wsf_vitals_hash(const void *vitals) { return hash_of(((const wsf_vitals *)vitals)->record); }
+uint32_t wsf_vitals_hash(const void *vitals) { return wsf_pointer_hash(((const wsf_vitals *)vitals)->record); }
 
 /* How many records ahead of the search its entry is asked for, and then what that leads to. */
 #define FAR_AHEAD 16
@@ -66,7 +63,7 @@ uint32_t wsf_vitals_hash(const void *vitals) { return hash_of(((const wsf_vitals
 /* Ask for what the home of this record leads to: nearly always what is known of it. */
 static void expect(const wsf_table *table, const PyObject *record)
 {
-    const char *vitals = wsf_entry_item(table->entries[wsf_table_home(table->capacity, hash_of(record))]);
+    const char *vitals = wsf_entry_item(table->entries[wsf_table_home(table->capacity, wsf_pointer_hash(record))]);
     for (size_t at = 0; vitals != NULL && at < offsetof(wsf_vitals, pings); at += 64)
         WSF_PREFETCH_WRITE(vitals + at);
 }
@@ -78,12 +75,12 @@ void wsf_health_find(const wsf_health *health, PyObject *const *records, size_t 
         found[i] = NULL;
     for (size_t i = 0; table->used != 0 && i < count + FAR_AHEAD; i++) {
         if (i < count)
-            WSF_PREFETCH(&table->entries[wsf_table_home(table->capacity, hash_of(records[i]))]);
+            WSF_PREFETCH(&table->entries[wsf_table_home(table->capacity, wsf_pointer_hash(records[i]))]);
         if (i >= FAR_AHEAD - AHEAD && i - (FAR_AHEAD - AHEAD) < count)
             expect(table, records[i - (FAR_AHEAD - AHEAD)]);
         if (i >= FAR_AHEAD)
             found[i - FAR_AHEAD] =
-                wsf_table_find(table, hash_of(records[i - FAR_AHEAD]), records[i - FAR_AHEAD], is_of_record);
+                wsf_table_find(table, wsf_pointer_hash(records[i - FAR_AHEAD]), records[i - FAR_AHEAD], is_of_record);
     }
 }
 
@@ -223,7 +220,7 @@ static uint32_t judge(wsf_vitals *vitals, wsf_health *health, int64_t now_ns)
     if (vitals->grade == before)
         return 0;
     vitals->former_grade = before;
-    wsf_vitals_note(vitals, health, now_ns, WSF_TRACE_GRADE, vitals->grade, 0);
+    note(vitals, health, now_ns, WSF_TRACE_GRADE, vitals->grade, 0);
     return WSF_NEW_GRADE;
 }
 
@@ -292,7 +289,7 @@ static uint32_t clear(wsf_vitals *vitals, wsf_health *health, int64_t now_ns)
     vitals->probes = 0;
     if (!was_suspect)
         return 0;
-    wsf_vitals_note(vitals, health, now_ns, WSF_TRACE_CLEARED, 0, 0);
+    note(vitals, health, now_ns, WSF_TRACE_CLEARED, 0, 0);
     return WSF_IS_CLEARED | judge(vitals, health, now_ns);
 }
 
@@ -394,7 +391,7 @@ static uint32_t ask(wsf_vitals *vitals, wsf_health *health, int64_t now_ns, int6
         vitals->ping_h = now_h;
     vitals->ping_total++;
     health->spent++;
-    wsf_vitals_note(vitals, health, now_ns, WSF_TRACE_PING, 0, health->sweep);
+    note(vitals, health, now_ns, WSF_TRACE_PING, 0, health->sweep);
     return WSF_DO_PING;
 }
 
@@ -408,8 +405,7 @@ static uint32_t suspect(wsf_vitals *vitals, wsf_health *health, int64_t now_ns)
         if (!(vitals->counted >> at & 1))
             remember(vitals, 1);
     vitals->counted = (uint8_t)((1 << vitals->ping_count) - 1);
-    wsf_vitals_note(vitals, health, now_ns, WSF_TRACE_SUSPECT,
-                    (uint32_t)(wsf_vitals_silent_ns(vitals, health, now_ns) / MS), 0);
+    note(vitals, health, now_ns, WSF_TRACE_SUSPECT, (uint32_t)(wsf_vitals_silent_ns(vitals, health, now_ns) / MS), 0);
     return WSF_IS_SUSPECT | judge(vitals, health, now_ns);
 }
 
@@ -418,7 +414,7 @@ static uint32_t end(wsf_vitals *vitals, wsf_health *health, int64_t now_ns, uint
     uint32_t found = suspect(vitals, health, now_ns);
     vitals->state = WSF_ENDED;
     vitals->cause = (uint8_t)cause;
-    wsf_vitals_note(vitals, health, now_ns, WSF_TRACE_DEAD, cause, 0);
+    note(vitals, health, now_ns, WSF_TRACE_DEAD, cause, 0);
     return found | WSF_IS_DEAD;
 }
 
@@ -493,7 +489,7 @@ uint32_t wsf_vitals_look(wsf_vitals *vitals, wsf_health *health, int64_t now_ns,
     if (vitals->state == WSF_ENDED)
         return 0;
     if (health->credit_ns != vitals->credit_ns) {
-        wsf_vitals_note(vitals, health, now_ns, WSF_TRACE_LAG, (uint32_t)((health->credit_ns - vitals->credit_ns) / MS), 0);
+        note(vitals, health, now_ns, WSF_TRACE_LAG, (uint32_t)((health->credit_ns - vitals->credit_ns) / MS), 0);
         vitals->credit_ns = health->credit_ns;
     }
     read_kernel(vitals, health, now_ns, facts);
@@ -556,7 +552,7 @@ void wsf_vitals_unread(wsf_vitals *vitals, wsf_health *health, int64_t now_ns, u
     vitals->unread = unread;
     if (unread == 0 || unread == before)
         return;
-    wsf_vitals_note(vitals, health, now_ns, WSF_TRACE_UNREAD, unread, 0);
+    note(vitals, health, now_ns, WSF_TRACE_UNREAD, unread, 0);
     take_byte(vitals, wsf_health_at(health, now_ns));
 }
 
@@ -674,10 +670,10 @@ void wsf_vitals_stuck(wsf_vitals *vitals, wsf_health *health, int64_t now_ns, in
     if (is_stuck) {
         vitals->stuck_h = now_h;
         vitals->ping_h = 0;
-        wsf_vitals_note(vitals, health, now_ns, WSF_TRACE_STUCK, bytes, 0);
+        note(vitals, health, now_ns, WSF_TRACE_STUCK, bytes, 0);
     } else {
         vitals->ping_h = now_h;
-        wsf_vitals_note(vitals, health, now_ns, WSF_TRACE_LEFT, (uint32_t)((now_h - vitals->asked_h) / MS), 0);
+        note(vitals, health, now_ns, WSF_TRACE_LEFT, (uint32_t)((now_h - vitals->asked_h) / MS), 0);
     }
 }
 
@@ -695,7 +691,7 @@ uint32_t wsf_health_begin_sweep(wsf_health *health, int64_t now_ns)
 
 /* ---- traces -------------------------------------------------------------------------------------------------------------------- */
 
-void wsf_vitals_note(wsf_vitals *vitals, wsf_health *health, int64_t now_ns, uint32_t what, uint32_t value, uint32_t number)
+static void note(wsf_vitals *vitals, wsf_health *health, int64_t now_ns, uint32_t what, uint32_t value, uint32_t number)
 {
     uint32_t room = health->settings.trace;
     if (room == 0)

@@ -213,7 +213,6 @@ void wsf_vitals_stuck(wsf_vitals *vitals, wsf_health *health, int64_t now_ns, in
 
 /* Share of the last WSF_HISTORY pings that were not answered in time; those that there were not yet, were. */
 uint32_t wsf_vitals_loss(const wsf_vitals *vitals);
-void wsf_vitals_note(wsf_vitals *vitals, wsf_health *health, int64_t now_ns, uint32_t what, uint32_t value, uint32_t number);
 void wsf_vitals_free(wsf_vitals *vitals, wsf_health *health);
 
 #endif

@@ -17,18 +17,6 @@ cdef extern from "table.h":
     void wsf_table_free(wsf_table *table, int64_t *account) noexcept
 
 
-cdef extern from "records.h":
-    const char *WSF_RECORDS_CAPSULE
-    ctypedef struct wsf_records:
-        void (*heartbeat)(PyObject *record, int64_t now_ns) noexcept
-        void (*expect)(PyObject *record) noexcept
-        int64_t (*active_ns)(PyObject *record) noexcept
-        int (*status)(PyObject *record) noexcept
-        void (*set_status)(PyObject *record, int status) noexcept
-        void (*set_deadline)(PyObject *record, int64_t deadline_ns) noexcept
-        void (*set_quality)(PyObject *record, float latency, float jitter, float loss) noexcept
-
-
 cdef extern from "tcpinfo.h":
     enum:
         WSF_HAS_TCP_INFO

@@ -586,7 +586,7 @@ class HealthMonitor:
 
     def grade(self, record: ConnectionMeta) -> Grade:
         """The grade of a connection; KeyError: it is not known."""
-        return Grade(self._health.figures(record, 0)["grade"])
+        return self.grades(record)[0]
 
     def grades(self, record: ConnectionMeta) -> tuple[Grade, Grade]:
         """The grade of a connection, and the one before; KeyError: it is not known."""

@@ -490,15 +490,16 @@ class ConnectionManager:
         ``unasked_pongs``; ``suspects``, ``deaths``, ``failed_pings``: how often a connection became suspect, was found
         dead, and could not be pinged in time; ``late_ms``: how long the loop was late, in all.
         """
+        delivery = self._delivery.stats()
         return {
             **cast("dict[str, int]", self._registry.stats()),
             "opened": self._opened,
             "closed": self._closed,
             "event_errors": self._events.errors,
             "events_dropped": self._events.dropped,
-            **self._delivery.stats(),
+            **delivery,
             **({} if self._health is None else self._health.stats()),
-            "pings": self._delivery.stats()["pings"] + (self._heartbeat.pings_by_library if self._heartbeat else 0),
+            "pings": delivery["pings"] + (self._heartbeat.pings_by_library if self._heartbeat else 0),
         }
 
     def explain(self, client_id: str) -> Explanation:
