@@ -29,4 +29,4 @@ stress:
 	@.ci/stress $(PYTHON)
 
 clean:
-	rm -rf .venv* .work build dist *.egg-info csrc/_core.c csrc/_fanout.c wsfast/_*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv* .work build dist *.egg-info csrc/_core.c csrc/_fanout.c csrc/_health.c csrc/_metadata.c wsfast/_*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

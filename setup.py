@@ -1,5 +1,5 @@
-"""Builds the native core, ``wsfast._core``, ``wsfast._fanout`` and ``wsfast._health``, from ``csrc/``; all other
-configuration is in pyproject.toml.
+"""Builds the native core, ``wsfast._core``, ``wsfast._fanout``, ``wsfast._health`` and ``wsfast._metadata``, from
+``csrc/``; all other configuration is in pyproject.toml.
 
 Switches, for developers, in the environment: ``WSFAST_DEBUG=1`` compiles assertions and live-object counters in,
 ``WSFAST_SANITIZE=address,undefined`` (or ``thread``) the sanitizers of the C compiler, and ``WSFAST_STRICT=1`` makes
@@ -49,10 +49,11 @@ def extension(name: str, sources: list[str]) -> Extension:
 core = extension("_core", ["core", "index", "platform", "table"])
 health = extension("_health", ["platform", "slab", "table", "tcpinfo", "vitals"])
 fanout = extension("_fanout", ["fanout", "frame", "outbox", "platform", "pool", "table"])
+metadata = extension("_metadata", ["platform"])
 
 setup(
     ext_modules=cythonize(
-        [core, fanout, health],
+        [core, fanout, health, metadata],
         include_path=["csrc"],
         force=STRICT,
         compiler_directives={

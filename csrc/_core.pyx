@@ -12,10 +12,11 @@ from cpython.object cimport PyObject, PyObject_Hash
 from cpython.pycapsule cimport PyCapsule_New
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
 from cpython.unicode cimport PyUnicode_FromObject
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport UINT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy
 
 from core cimport *
-from records cimport WSF_RECORDS_CAPSULE, wsf_records
+from records cimport WSF_RECORDS_CAPSULE, wsf_metadata, wsf_records
 
 from collections.abc import ItemsView, KeysView, Mapping, ValuesView
 from time import monotonic_ns, time
@@ -71,7 +72,7 @@ cdef tuple _NO_ARGUMENTS = ()
 cdef object _EMPTY_MAPPING = MappingProxyType({})
 cdef frozenset _NO_PERMISSIONS = frozenset()
 
-if [int(_status) for _status in ConnectionStatus] != list(range(len(ConnectionStatus))):
+if [int(_status) for _status in ConnectionStatus] != list(range(WSF_STATUSES)):
     raise ImportError("wsfast.connection does not match this build of wsfast._core")
 
 
@@ -174,7 +175,7 @@ cdef bint _all_exact_str(frozenset values) except -1:
 @cython.final
 @cython.no_gc
 cdef class _Shared:
-    """A device type or permission set that is stored once, and how many attached records use it."""
+    """A permission set that is stored once, and how many attached records use it."""
 
     cdef object value
     cdef Py_ssize_t uses
@@ -195,8 +196,8 @@ cdef class _Settings:
     cdef object clock
     cdef object wall_clock
     cdef object registry  # weak reference
-    # Each shared value to its _Shared; None where no registry is. Looked up in critical sections only, where the keys, exact
-    # strings and sets of such, run no Python code: nothing lets another thread in halfway.
+    # Each shared value to its _Shared; None where no registry is. Looked up in critical sections only, where the keys,
+    # sets of exact strings, run no Python code: nothing lets another thread in halfway.
     cdef dict values
     cdef type record_type
 
@@ -324,12 +325,16 @@ cdef class _Extras:
 
     cdef dict metadata
     cdef dict extensions
+    cdef int64_t version  # of the metadata
+    cdef int64_t nbytes  # of the metadata, as _metadata counts; -1: not counted
 
 
-cdef inline _Extras _make_extras(dict metadata, dict extensions):
+cdef inline _Extras _make_extras(dict metadata, dict extensions, int64_t version=0, int64_t nbytes=-1):
     cdef _Extras extras = _Extras.__new__(_Extras)
     extras.metadata = metadata
     extras.extensions = extensions
+    extras.version = version
+    extras.nbytes = nbytes
     return extras
 
 
@@ -339,7 +344,7 @@ cdef class ConnectionMeta:
 
     def __cinit__(self):
         # Registry.add, the only one who can get here, fills in the id and the shard at once.
-        self.r.slot = WSF_NO_SLOT
+        self.r.place = WSF_NO_PLACE
         wsf_count_live(WSF_LIVE_RECORD, 1)
 
     def __dealloc__(self):
@@ -410,6 +415,11 @@ cdef class ConnectionMeta:
         _update_extras(self, metadata, None)
 
     @property
+    def version(self):
+        cdef _Extras extras = _extras_of(self)
+        return 0 if extras is None else extras.version
+
+    @property
     def extensions(self):
         cdef _Extras extras = _extras_of(self)
         if extras is None or extras.extensions is None:
@@ -437,14 +447,12 @@ cdef class ConnectionMeta:
 
     @property
     def device_type(self):
-        return wsf_object(wsf_record_read(&self.r, &self.r.objects[WSF_DEVICE_TYPE]))
+        return wsf_object(wsf_index_device_type_of(&self.r.shard.core.index, &self.r))
 
     @device_type.setter
     def device_type(self, value):
-        cdef _Settings settings = _settings_of(self)
-        if value is not None:
-            value = _name(value, "device type", settings.max_name_bytes)
-        _assign_shared(self, settings, &self.r.objects[WSF_DEVICE_TYPE], value)
+        cdef str name = None if value is None else _name(value, "device type", _settings_of(self).max_name_bytes)
+        _set_device_type(self, name)
 
     @property
     def permissions(self):
@@ -463,7 +471,7 @@ cdef class ConnectionMeta:
 
     @tags.setter
     def tags(self, value):
-        _set_tags(self, _settings_of(self).tags(value))
+        _set_tags(self, _settings_of(self).tags(value), None)
 
     @property
     def status(self):
@@ -635,6 +643,43 @@ cdef void _set_quality(PyObject *meta, float latency, float jitter, float loss) 
     wsf_record_set_quality(&(<ConnectionMeta>meta).r, latency, jitter, loss)
 
 
+cdef PyObject *_find(PyObject *registry, PyObject *client_id) noexcept:
+    return wsf_core_get((<Registry>registry).core, client_id)
+
+
+cdef int _is_home(PyObject *registry, PyObject *meta) noexcept:
+    if not wsf_record_attached(&(<ConnectionMeta>meta).r):
+        return -1
+    return (<ConnectionMeta>meta).r.shard.core == (<Registry>registry).core
+
+
+cdef PyObject *_read_extras(PyObject *meta, wsf_metadata *metadata) noexcept:
+    cdef PyObject *token = wsf_record_read(&(<ConnectionMeta>meta).r, &(<ConnectionMeta>meta).r.objects[WSF_EXTRAS])
+    metadata.mapping = NULL
+    metadata.version = metadata.nbytes = 0
+    if token != NULL:
+        metadata.version = (<_Extras>token).version
+        if (<_Extras>token).metadata is not None:
+            metadata.mapping = <PyObject *>(<_Extras>token).metadata
+            metadata.nbytes = (<_Extras>token).nbytes
+    return token
+
+
+cdef object _next_extras(PyObject *token, object mapping, int64_t nbytes):
+    if token == NULL:
+        return _make_extras(<dict>mapping, None, 1, nbytes)
+    return _make_extras(<dict>mapping, (<_Extras>token).extensions, (<_Extras>token).version + 1, nbytes)
+
+
+cdef int _replace_extras(PyObject *meta, PyObject *expected, PyObject *token, PyObject **old) noexcept:
+    cdef wsf_record *record = &(<ConnectionMeta>meta).r
+    Py_INCREF(<object>token)  # for the field
+    cdef int outcome = wsf_record_replace(record, &record.objects[WSF_EXTRAS], expected, token, old)
+    if outcome != 1:
+        Py_DECREF(<object>token)
+    return outcome
+
+
 # For the other modules of the core, which do this for thousands of records at a time.
 cdef wsf_records _calls
 _calls.sent = _sent
@@ -645,6 +690,11 @@ _calls.status = _status_of
 _calls.set_status = _set_status
 _calls.set_deadline = _set_deadline
 _calls.set_quality = _set_quality
+_calls.find = _find
+_calls.is_home = _is_home
+_calls.read_extras = _read_extras
+_calls.next_extras = _next_extras
+_calls.replace_extras = _replace_extras
 _record_calls = PyCapsule_New(&_calls, WSF_RECORDS_CAPSULE, NULL)
 
 
@@ -688,7 +738,7 @@ cdef int _assign(ConnectionMeta meta, PyObject **field, object value) except -1:
 
 
 cdef int _assign_shared(ConnectionMeta meta, _Settings settings, PyObject **field, object value) except -1:
-    """Store a device type or permission set, None as NULL, in a field of an attached record."""
+    """Store a permission set, None as NULL, in a field of an attached record."""
     cdef PyObject *old = NULL
     cdef PyObject *stored = NULL
     if value is not None:
@@ -706,31 +756,15 @@ cdef int _assign_shared(ConnectionMeta meta, _Settings settings, PyObject **fiel
     return 0
 
 
-cdef int _use_shared(ConnectionMeta meta, _Settings settings, object device_type, object permissions) except -1:
-    """Fill in the device type and permission set, either may be None, of a record that no other thread knows yet."""
-    try:
-        if device_type is not None:
-            _set_field(&meta.r.objects[WSF_DEVICE_TYPE], settings.use(device_type))
-        if permissions is not None:
-            _set_field(&meta.r.objects[WSF_PERMISSIONS], settings.use(permissions))
-    except BaseException:
-        _give_back_shared(&meta.r)
-        raise
-    return 0
-
-
 cdef inline void _give_back_shared(wsf_record *record) noexcept:
-    """End the uses of shared values by a record that is detached or was never attached. It keeps the values."""
-    if record.objects[WSF_DEVICE_TYPE] != NULL or record.objects[WSF_PERMISSIONS] != NULL:
-        _give_back_fields(record)
+    """End the use of a permission set by a record that is detached or was never attached. It keeps the set."""
+    if record.objects[WSF_PERMISSIONS] != NULL:
+        _give_back_permissions(record)
 
 
-cdef void _give_back_fields(wsf_record *record) noexcept:
+cdef void _give_back_permissions(wsf_record *record) noexcept:
     cdef _Settings settings = _settings_of(<ConnectionMeta>wsf_record_object(record))
-    cdef int i
-    for i in range(WSF_DEVICE_TYPE, WSF_OBJECT_FIELDS):
-        if record.objects[i] != NULL:
-            settings.give_back(<object>record.objects[i])
+    settings.give_back(<object>record.objects[WSF_PERMISSIONS])
 
 
 cdef inline _Extras _extras_of(ConnectionMeta meta):
@@ -749,14 +783,14 @@ cdef int _update_extras(ConnectionMeta meta, dict metadata, dict extensions, bin
         expected = NULL if former is None else <PyObject *>former
         if keep and former is not None and former.extensions is not None:
             return 0
-        extras = _make_extras(
-            metadata if metadata is not None or former is None else former.metadata,
-            extensions if extensions is not None or former is None else former.extensions,
-        )
-        Py_INCREF(extras)  # for the field
-        outcome = wsf_record_replace(&meta.r, &meta.r.objects[WSF_EXTRAS], expected, <PyObject *>extras, &old)
-        if outcome != 1:
-            Py_DECREF(extras)
+        if former is None:
+            extras = _make_extras(metadata, extensions)
+        elif metadata is None:
+            extras = _make_extras(former.metadata, extensions, former.version, former.nbytes)
+        else:
+            extras = _make_extras(metadata, former.extensions, former.version)
+        extras.version += metadata is not None
+        outcome = _replace_extras(<PyObject *>meta, expected, <PyObject *>extras, &old)
     if outcome == 0 and not keep:
         raise DetachedRecord(meta.client_id)
     Py_XDECREF(old)
@@ -784,24 +818,41 @@ cdef int _set_user(ConnectionMeta meta, str name) except -1:
     return _check_outcome(meta, outcome)
 
 
-cdef int _set_tags(ConnectionMeta meta, dict tags) except -1:
-    """Give a record these tags, which are checked and not changed any more."""
+cdef int _set_device_type(ConnectionMeta meta, str name) except -1:
+    cdef wsf_trash trash
+    wsf_trash_init(&trash)
+    cdef int outcome = wsf_index_set_device_type(
+        &meta.r.shard.core.index, &meta.r, NULL if name is None else <PyObject *>name, &trash
+    )
+    wsf_trash_release(&trash)
+    return _check_outcome(meta, outcome)
+
+
+cdef int _set_tags(ConnectionMeta meta, dict tags, str device_type) except -1:
+    """Give a record these tags, which are checked and not changed any more, and a device type unless it is None."""
     cdef wsf_trash trash
     cdef list keys = list(tags)
     cdef list values = list(tags.values())
-    cdef wsf_index *index = &meta.r.shard.core.index
+    cdef wsf_tag_names names
     cdef int outcome
+    names.keys = PySequence_Fast_ITEMS(keys)
+    names.values = PySequence_Fast_ITEMS(values)
+    names.count = <uint32_t>len(keys)
+    names.mapping = NULL
     wsf_trash_init(&trash)
-    outcome = wsf_index_set_tags(
-        index, &meta.r, PySequence_Fast_ITEMS(keys), PySequence_Fast_ITEMS(values), <uint32_t>len(keys), NULL, &trash
-    )
+    outcome = _set_tag_names(&meta.r, &names, device_type, &trash)
     if outcome == WSF_NEEDS_MAPPING:
-        outcome = wsf_index_set_tags(
-            index, &meta.r, PySequence_Fast_ITEMS(keys), PySequence_Fast_ITEMS(values), <uint32_t>len(keys),
-            <PyObject *>tags, &trash,
-        )
+        names.mapping = <PyObject *>tags
+        outcome = _set_tag_names(&meta.r, &names, device_type, &trash)
     wsf_trash_release(&trash)
     return _check_outcome(meta, outcome)
+
+
+cdef inline int _set_tag_names(wsf_record *record, wsf_tag_names *names, str device_type, wsf_trash *trash) noexcept:
+    cdef wsf_index *index = &record.shard.core.index
+    if device_type is None:
+        return wsf_index_set_tags(index, record, names, trash)
+    return wsf_index_set_tags_and_device_type(index, record, names, <PyObject *>device_type, trash)
 
 
 cdef inline void _set_field(PyObject **field, object value) noexcept:
@@ -811,10 +862,10 @@ cdef inline void _set_field(PyObject **field, object value) noexcept:
         field[0] = <PyObject *>value
 
 
-cdef inline bint _has_turn(ConnectionMeta meta, int status) noexcept:
+cdef inline bint _has_turn(ConnectionMeta meta, uint32_t statuses) noexcept:
     """Whether a walk may yield a record that it has collected before."""
-    cdef int now = wsf_record_status(&meta.r)
-    return now >= 0 and (status == WSF_ANY_STATUS or now == status)
+    cdef int status = wsf_record_status(&meta.r)
+    return status >= 0 and (statuses >> status & 1) != 0
 
 
 cdef inline ConnectionMeta _record_of(object meta):
@@ -854,7 +905,7 @@ cdef int64_t _clear(wsf_core *core) except -1:
     cdef int64_t removed = 0
     cdef list batch
     cursor.shard = cursor.slot = 0
-    while batch := _collect(core, &cursor, WSF_ANY_STATUS, 100):
+    while batch := _collect(core, &cursor, WSF_ANY_STATUS, NULL, 0, 100):
         for meta in batch:
             removed += _detach(<ConnectionMeta>meta)
     return removed
@@ -875,84 +926,223 @@ cdef bint _detach(ConnectionMeta meta) except -1:
 @cython.final
 @cython.no_gc
 cdef class _Filter:
-    """The filters of a walk, checked. `none`: a name that nobody can have."""
+    """Filters, checked (`Filters` in wsfast/connection.py). A name that nobody can have is like one that nobody has."""
 
-    cdef str group
-    cdef str user
-    cdef str tag_key
-    cdef str tag_value
-    cdef int status
-    cdef bint none
+    cdef wsf_term few[4]
+    cdef wsf_term *terms  # those that are not negated come first; the names are owned
+    cdef uint32_t count, capacity, positive
+    cdef uint32_t statuses  # bits
 
-    cdef bint by_index(self):
-        return self.group is not None or self.user is not None or self.tag_key is not None
+    def __cinit__(self):
+        self.terms = self.few
+        self.capacity = sizeof(self.few) // sizeof(wsf_term)
+        self.statuses = WSF_ANY_STATUS
+
+    def __dealloc__(self):
+        cdef uint32_t i
+        for i in range(self.count):
+            Py_XDECREF(self.terms[i].name)
+            Py_XDECREF(self.terms[i].value)
+        if self.terms != self.few:
+            PyMem_Free(self.terms)
+
+    cdef int reserve(self) except -1:
+        cdef wsf_term *larger
+        if self.count < self.capacity:
+            return 0
+        larger = <wsf_term *>PyMem_Malloc(2 * self.capacity * sizeof(wsf_term))
+        if larger == NULL:
+            raise MemoryError
+        memcpy(larger, self.terms, self.count * sizeof(wsf_term))
+        if self.terms != self.few:
+            PyMem_Free(self.terms)
+        self.terms = larger
+        self.capacity *= 2
+        return 0
+
+    cdef int add(self, int kind, bint negated, str name, str value=None) except -1:
+        cdef wsf_term *term
+        self.reserve()
+        term = &self.terms[self.count]
+        term.kind = kind
+        term.negated = negated
+        Py_INCREF(name)  # for the term, as is the value
+        term.name = <PyObject *>name
+        term.value = NULL
+        if value is not None:
+            Py_INCREF(value)
+            term.value = <PyObject *>value
+        self.count += 1
+        if not negated:
+            self.positive = self.count
+        return 0
+
+    cdef int add_names(self, int kind, bint negated, object names, str what) except -1:
+        """One name or several."""
+        if not _is_several(names):
+            return self.add(kind, negated, _text(names, what))
+        for name in names:
+            self.add(kind, negated, _text(name, what))
+        return 0
+
+    cdef int add_tags(self, bint negated, object tags) except -1:
+        if not _is_several(tags):
+            return self.add_tag(negated, tags)
+        for tag in tags:
+            self.add_tag(negated, tag)
+        return 0
+
+    cdef int add_tag(self, bint negated, object tag) except -1:
+        if PyUnicode_Check(tag):
+            return self.add(WSF_HAS_TAG_KEY, negated, _text(tag, "tag key"))
+        if not isinstance(tag, tuple) or len(<tuple>tag) != 2:
+            raise TypeError(_wrong_type("tag", "a key or a (key, value) pair", tag))
+        key, value = <tuple>tag
+        return self.add(WSF_HAS_TAG, negated, _text(key, "tag key"), _text(value, "tag value"))
+
+    cdef int exclude_statuses(self, object statuses) except -1:
+        for status in statuses if _is_several(statuses) else (statuses,):
+            self.statuses &= ~(<uint32_t>1 << _status(status))
+        return 0
 
 
-cdef str _filter_name(_Filter wanted, object value, str kind, int64_t limit, bint may_be_empty=False):
-    cdef str text = _text(value, kind)
-    try:
-        return _name(text, kind, limit, may_be_empty)
-    except InvalidName:
-        wanted.none = True
-        return text
+cdef inline bint _is_several(object value) noexcept:
+    return isinstance(value, (list, set, frozenset))
 
 
-cdef _Filter _make_filter(_Settings settings, object group, object user, object tag, object status):
+cdef _Filter _make_filter(
+    object group, object user, object tag, object status, object device_type, object not_group, object not_user,
+    object not_tag, object not_status, object not_device_type
+):
     cdef _Filter wanted = _Filter.__new__(_Filter)
-    cdef int64_t limit = settings.max_name_bytes
-    wanted.status = WSF_ANY_STATUS
     if group is not None:
-        wanted.group = _filter_name(wanted, group, "group name", limit)
+        wanted.add_names(WSF_IN_GROUP, False, group, "group name")
     if user is not None:
-        wanted.user = _filter_name(wanted, user, "user id", limit)
-    if isinstance(tag, str):
-        wanted.tag_key = _filter_name(wanted, tag, "tag key", limit)
-    elif isinstance(tag, tuple) and len(tag) == 2:
-        wanted.tag_key = _filter_name(wanted, tag[0], "tag key", limit)
-        wanted.tag_value = _filter_name(wanted, tag[1], "tag value", limit, True)
-    elif tag is not None:
-        raise TypeError(_wrong_type("tag", "a key or a (key, value) pair", tag))
+        wanted.add(WSF_OF_USER, False, _text(user, "user id"))
+    if tag is not None:
+        wanted.add_tags(False, tag)
     if status is not None:
-        wanted.status = _status(status)
+        wanted.statuses = <uint32_t>1 << _status(status)
+    if device_type is not None:
+        wanted.add(WSF_OF_DEVICE_TYPE, False, _text(device_type, "device type"))
+    if not_group is not None:
+        wanted.add_names(WSF_IN_GROUP, True, not_group, "group name")
+    if not_user is not None:
+        wanted.add_names(WSF_OF_USER, True, not_user, "user id")
+    if not_tag is not None:
+        wanted.add_tags(True, not_tag)
+    if not_status is not None:
+        wanted.exclude_statuses(not_status)
+    if not_device_type is not None:
+        wanted.add_names(WSF_OF_DEVICE_TYPE, True, not_device_type, "device type")
     return wanted
 
 
-cdef list _select(wsf_core *core, _Filter wanted):
-    """The records that match group, user and tag now."""
-    cdef wsf_query query
+cdef list _members(wsf_core *core, const wsf_term *terms, uint32_t count):
+    """The records for which all terms hold now. One of them at least is not negated."""
     cdef PyObject **found = NULL
-    cdef int64_t count
-    if wanted.none:
-        return []
-    query.group = NULL if wanted.group is None else <PyObject *>wanted.group
-    query.user = NULL if wanted.user is None else <PyObject *>wanted.user
-    query.tag_key = NULL if wanted.tag_key is None else <PyObject *>wanted.tag_key
-    query.tag_value = NULL if wanted.tag_value is None else <PyObject *>wanted.tag_value
-    count = wsf_index_select(&core.index, &query, &found)
-    if count < 0:
+    cdef int64_t selected = wsf_index_select(&core.index, terms, count, UINT64_MAX, &found)
+    if selected < 0:
         raise MemoryError
-    return _take_list(found, count)
+    return _take_list(found, selected)
 
 
-cdef list _collect(wsf_core *core, wsf_cursor *cursor, int status, int64_t size):
-    """The next `size` records of a walk over the slots; fewer at the end, none after it."""
+cdef list _members_of(wsf_core *core, int kind, str name):
+    cdef wsf_term term
+    term.kind = kind
+    term.negated = False
+    term.name = <PyObject *>name
+    term.value = NULL
+    return _members(core, &term, 1)
+
+
+cdef int64_t _keep(wsf_core *core, const wsf_term *terms, uint32_t count, PyObject **some, size_t found) except -1:
+    """Keep those of `found` objects of records for which all terms hold; the references to the others are given up."""
+    cdef int64_t kept = <int64_t>found
+    cdef size_t i
+    if count != 0 and found != 0:
+        kept = wsf_index_keep(&core.index, terms, count, some, found)
+        for i in range(0 if kept < 0 else <size_t>kept, found):
+            Py_DECREF(<object>some[i])
+    if kept < 0:
+        raise MemoryError
+    return kept
+
+
+cdef list _collect(
+    wsf_core *core, wsf_cursor *cursor, uint32_t statuses, const wsf_term *terms, uint32_t count, int64_t size
+):
+    """The next `size` records of a walk over the slots that have one of the statuses, and for which all terms hold;
+    fewer at the end, none after it."""
     cdef PyObject *some[128]
     cdef list batch = None
-    cdef size_t i, room, found
+    cdef int64_t i, kept
+    cdef size_t room, found
     while size > 0:
         room = <size_t>min(size, 128)
-        found = wsf_core_collect(core, cursor, status, some, room)
+        found = wsf_core_collect(core, cursor, statuses, some, room)
+        kept = _keep(core, terms, count, some, found)
         if batch is None:
-            batch = PyList_New(<Py_ssize_t>found)
-            for i in range(found):
+            batch = PyList_New(<Py_ssize_t>kept)
+            for i in range(kept):
                 PyList_SET_ITEM(batch, <Py_ssize_t>i, some[i])
         else:
-            for i in range(found):
+            for i in range(kept):
                 batch.append(wsf_object(some[i]))
-        size -= <int64_t>found
+        size -= kept
         if found < room:
             break
     return batch
+
+
+@cython.final
+@cython.no_gc
+cdef class _Walk:
+    """The records that filters ask for, batch by batch. Whoever walks keeps the registry, and so the core."""
+
+    cdef wsf_core *core
+    cdef _Filter wanted
+    cdef wsf_cursor cursor  # without a term that names members
+    cdef list members  # with one: those at the first batch
+    cdef Py_ssize_t position
+
+    cdef list next_batch(self, int64_t size):
+        """The next `size` records; fewer at the end, none after it."""
+        cdef _Filter wanted = self.wanted
+        if wanted.positive == 0:
+            return _collect(self.core, &self.cursor, wanted.statuses, wanted.terms, wanted.count, size)
+        if self.members is None:
+            self.members = _members(self.core, wanted.terms, wanted.positive)
+        return self.next_members(size)
+
+    cdef list next_members(self, int64_t size):
+        cdef PyObject *some[128]
+        cdef _Filter wanted = self.wanted
+        cdef list batch = []
+        cdef int64_t i, kept
+        cdef size_t room, found
+        cdef ConnectionMeta meta
+        while len(batch) < size and self.position < len(self.members):
+            room = <size_t>min(size - len(batch), 128)
+            found = 0
+            while found < room and self.position < len(self.members):
+                meta = <ConnectionMeta>self.members[self.position]
+                self.position += 1
+                if _has_turn(meta, wanted.statuses):
+                    Py_INCREF(meta)  # for the batch
+                    some[found] = <PyObject *>meta
+                    found += 1
+            kept = _keep(self.core, wanted.terms + wanted.positive, wanted.count - wanted.positive, some, found)
+            for i in range(kept):
+                batch.append(wsf_object(some[i]))
+        return batch
+
+
+cdef inline _Walk _make_walk(wsf_core *core, _Filter wanted):
+    cdef _Walk walk = _Walk.__new__(_Walk)
+    walk.core = core
+    walk.wanted = wanted
+    return walk
 
 
 cdef list _prepared_ids(object client_ids):
@@ -991,7 +1181,7 @@ def _records(Registry registry):
     cdef list batch
     cursor.shard = cursor.slot = 0
     while True:
-        batch = _collect(registry.core, &cursor, WSF_ANY_STATUS, 100)
+        batch = _collect(registry.core, &cursor, WSF_ANY_STATUS, NULL, 0, 100)
         if not batch:
             return
         for meta in batch:
@@ -1093,8 +1283,7 @@ cdef class Registry:
         cdef str user = None if user_id is None else _name(user_id, "user id", limit)
         cdef dict tag_values, metadata_values, extension_values
         cdef list group_names
-        if device_type is not None:
-            device_type = _name(device_type, "device type", limit)
+        cdef str device = None if device_type is None else _name(device_type, "device type", limit)
         allowed = None if permissions is () else self.settings.permission_set(permissions)
         tag_values = None if tags is None else self.settings.tags(tags)
         metadata_values = None if metadata is None else _mapping(metadata, "metadata", "metadata key", limit)
@@ -1111,11 +1300,11 @@ cdef class Registry:
         _set_field(&meta.r.objects[WSF_DEVICE_INFO], device_info)
         if metadata_values or extension_values:
             _set_field(&meta.r.objects[WSF_EXTRAS], _make_extras(metadata_values, extension_values))
-        if device_type is not None or allowed is not None:
-            _use_shared(meta, self.settings, device_type, allowed)
+        if allowed is not None:
+            _set_field(&meta.r.objects[WSF_PERMISSIONS], self.settings.use(allowed))
         self._attach(meta, conn, state, on_duplicate == "replace")
         try:
-            self._index(meta, user, tag_values, group_names)
+            self._index(meta, user, device, tag_values, group_names)
         except BaseException:
             self.remove(meta)
             raise
@@ -1152,14 +1341,16 @@ cdef class Registry:
             _finish(replaced, &trash)
         return 0
 
-    cdef int _index(self, ConnectionMeta meta, str user, dict tags, list groups) except -1:
+    cdef int _index(self, ConnectionMeta meta, str user, str device_type, dict tags, list groups) except -1:
         """Put a record that was just attached into the indexes. Another thread may have removed it by now."""
         cdef str group
         try:
             if user is not None:
                 _set_user(meta, user)
             if tags:
-                _set_tags(meta, tags)
+                _set_tags(meta, tags, device_type)
+            elif device_type is not None:
+                _set_device_type(meta, device_type)
             if groups is not None:
                 for group in groups:
                     self._join(meta, group)
@@ -1263,47 +1454,53 @@ cdef class Registry:
 
     # ---- walks
 
-    def batches(self, size=100, *, group=None, user=None, tag=None, status=None):
+    def batches(
+        self, size=100, *, group=None, user=None, tag=None, status=None, device_type=None, not_group=None,
+        not_user=None, not_tag=None, not_status=None, not_device_type=None
+    ):
         cdef int64_t most = _at_least(size, "size", 1)
-        return self._batches(most, _make_filter(self.settings, group, user, tag, status))
+        cdef _Filter wanted = _make_filter(
+            group, user, tag, status, device_type, not_group, not_user, not_tag, not_status, not_device_type
+        )
+        return self._batches(most, wanted)
 
     def _batches(self, int64_t size, _Filter wanted):
-        cdef wsf_cursor cursor
-        cdef list batch, members
-        cdef ConnectionMeta meta
-        if not wanted.by_index():
-            cursor.shard = cursor.slot = 0
-            while batch := _collect(self.core, &cursor, wanted.status, size):
-                yield batch
-            return
-        members = _select(self.core, wanted)
-        batch = []
-        for meta in members:
-            if _has_turn(meta, wanted.status):
-                batch.append(meta)
-                if len(batch) == size:
-                    yield batch
-                    batch = []
-        if batch:
+        cdef _Walk walk = _make_walk(self.core, wanted)
+        cdef list batch
+        while batch := walk.next_batch(size):
             yield batch
 
-    def for_each(self, fn, *, group=None, user=None, tag=None, status=None):
-        cdef _Filter wanted = _make_filter(self.settings, group, user, tag, status)
-        cdef wsf_cursor cursor
+    def for_each(
+        self, fn, *, group=None, user=None, tag=None, status=None, device_type=None, not_group=None, not_user=None,
+        not_tag=None, not_status=None, not_device_type=None
+    ):
+        cdef _Filter wanted = _make_filter(
+            group, user, tag, status, device_type, not_group, not_user, not_tag, not_status, not_device_type
+        )
+        cdef _Walk walk = _make_walk(self.core, wanted)
         cdef int64_t calls = 0
         cdef list batch
         cdef ConnectionMeta meta
-        cdef bint by_index = wanted.by_index()
-        cursor.shard = cursor.slot = 0
-        while True:
-            batch = _select(self.core, wanted) if by_index else _collect(self.core, &cursor, wanted.status, 100)
+        while batch := walk.next_batch(100):
             for meta in batch:
-                if _has_turn(meta, wanted.status):
+                if _has_turn(meta, wanted.statuses):
                     calls += 1
                     if fn(meta) is False:
                         return calls
-            if by_index or not batch:
-                return calls
+        return calls
+
+    def select(
+        self, *, group=None, user=None, tag=None, status=None, device_type=None, not_group=None, not_user=None,
+        not_tag=None, not_status=None, not_device_type=None
+    ):
+        cdef PyObject **found = NULL
+        cdef _Filter wanted = _make_filter(
+            group, user, tag, status, device_type, not_group, not_user, not_tag, not_status, not_device_type
+        )
+        cdef int64_t selected = wsf_core_select(self.core, wanted.terms, wanted.count, wanted.statuses, &found)
+        if selected < 0:
+            raise MemoryError
+        return _take_list(found, selected)
 
     # ---- indexes
 
@@ -1339,13 +1536,10 @@ cdef class Registry:
         return 0
 
     def group(self, name):
-        return self._members(_make_filter(self.settings, _text(name, "group name"), None, None, None))
+        return _members_of(self.core, WSF_IN_GROUP, _text(name, "group name"))
 
     def by_user(self, user_id):
-        return self._members(_make_filter(self.settings, None, _text(user_id, "user id"), None, None))
-
-    cdef list _members(self, _Filter wanted):
-        return _select(self.core, wanted)
+        return _members_of(self.core, WSF_OF_USER, _text(user_id, "user id"))
 
     def groups(self):
         cdef PyObject **names = NULL

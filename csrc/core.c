@@ -35,7 +35,7 @@ wsf_core *wsf_core_new(uint32_t shard_count, PyObject *settings, int has_native_
 static size_t directory_bytes(uint32_t capacity)
 {
     return capacity * (sizeof(wsf_block *) + sizeof(uint64_t) + sizeof(int64_t)) +
-           (capacity + 63) / 64 * sizeof(uint64_t);
+           (capacity + 63) / 64 * (1 + WSF_STATUSES) * sizeof(uint64_t);
 }
 
 void wsf_core_orphan(wsf_core *core)
@@ -89,11 +89,14 @@ int wsf_core_is_shared(wsf_core *core)
     return 0;
 }
 
+/* A place is neither none nor the mark of a set. */
+_Static_assert(WSF_STATUSES <= 7, "a status fits the bits that a slot leaves");
+
 /* ---- slots ----------------------------------------------------------------------------------------------------------- */
 
 static inline uint64_t bit(uint32_t position) { return UINT64_C(1) << (position & 63); }
 
-/* Double the directory of a shard: one piece of memory for its four arrays. */
+/* Double the directory of a shard: one piece of memory for its five arrays. */
 static int grow_directory(wsf_shard *shard)
 {
     uint32_t old_capacity = shard->block_capacity, capacity = old_capacity == 0 ? 4 : 2 * old_capacity;
@@ -105,22 +108,25 @@ static int grow_directory(wsf_shard *shard)
     uint64_t *occupied = (uint64_t *)(blocks + capacity);
     int64_t *earliest_ns = (int64_t *)(occupied + capacity);
     uint64_t *has_room = (uint64_t *)(earliest_ns + capacity);
+    uint64_t(*may_have)[WSF_STATUSES] = (uint64_t(*)[WSF_STATUSES])(has_room + (capacity + 63) / 64);
     if (old_capacity != 0) {
         memcpy(blocks, shard->blocks, old_capacity * sizeof *blocks);
         memcpy(occupied, shard->occupied, old_capacity * sizeof *occupied);
         memcpy(earliest_ns, shard->earliest_ns, old_capacity * sizeof *earliest_ns);
         memcpy(has_room, shard->has_room, (old_capacity + 63) / 64 * sizeof *has_room);
+        memcpy(may_have, shard->may_have, (old_capacity + 63) / 64 * sizeof *may_have);
         wsf_free(&shard->account, shard->blocks, directory_bytes(old_capacity));
     }
     shard->blocks = blocks;
     shard->occupied = occupied;
     shard->earliest_ns = earliest_ns;
     shard->has_room = has_room;
+    shard->may_have = may_have;
     shard->block_capacity = capacity;
     return WSF_OK;
 }
 
-/* The lowest block with a free slot, made if need be; UINT32_MAX: no memory. */
+/* The lowest block with a free slot, made if need be; UINT32_MAX: no memory, or no number for another slot. */
 static uint32_t block_with_room(wsf_shard *shard)
 {
     uint32_t number = shard->block_count;
@@ -130,6 +136,8 @@ static uint32_t block_with_room(wsf_shard *shard)
             break;
         }
     }
+    if (number == (UINT32_C(1) << WSF_SLOT_BITS) / WSF_BLOCK_SLOTS)
+        return UINT32_MAX;
     if (number == shard->block_capacity && grow_directory(shard) != WSF_OK)
         return UINT32_MAX;
     if (shard->blocks[number] == NULL) {
@@ -159,18 +167,40 @@ static void drop_block_if_empty(wsf_shard *shard, uint32_t number)
     WSF_COUNT_LIVE(WSF_LIVE_BLOCK, -1);
     shard->blocks[number] = NULL;
     shard->earliest_ns[number] = WSF_NEVER;
+    for (uint32_t status = 0; status < WSF_STATUSES; status++)
+        shard->may_have[number / 64][status] &= ~bit(number);
     while (shard->block_count > 0 && shard->blocks[shard->block_count - 1] == NULL) {
         shard->block_count--;
         shard->has_room[shard->block_count / 64] &= ~bit(shard->block_count);
     }
 }
 
-static inline wsf_block *block_of(const wsf_record *record)
+static inline uint32_t slot_of(const wsf_record *record)
 {
-    return record->shard->blocks[record->slot / WSF_BLOCK_SLOTS];
+    return record->place & ((UINT32_C(1) << WSF_SLOT_BITS) - 1);
 }
 
-static inline uint32_t at_of(const wsf_record *record) { return record->slot % WSF_BLOCK_SLOTS; }
+static inline uint32_t place_of(uint32_t slot, uint8_t status) { return (uint32_t)status << WSF_SLOT_BITS | slot; }
+
+static inline wsf_block *block_of(const wsf_record *record)
+{
+    return record->shard->blocks[slot_of(record) / WSF_BLOCK_SLOTS];
+}
+
+static inline uint32_t at_of(const wsf_record *record) { return slot_of(record) % WSF_BLOCK_SLOTS; }
+
+static inline void count_status(wsf_shard *shard, uint8_t status, uint32_t n)
+{
+    WSF_ASSERT(status < WSF_STATUSES);
+    WSF_STORE32(&shard->by_status[status], shard->by_status[status] + n); /* others may read it without the lock */
+}
+
+/* A record in the block has this status from now on. */
+static inline void note_status(wsf_shard *shard, uint32_t number, uint8_t status)
+{
+    count_status(shard, status, 1);
+    shard->may_have[number / 64][status] |= bit(number);
+}
 
 static void fill_slot(wsf_shard *shard, uint32_t slot, wsf_record *record, uint8_t status)
 {
@@ -181,7 +211,8 @@ static void fill_slot(wsf_shard *shard, uint32_t slot, wsf_record *record, uint8
         block->deadline_ns[at] = WSF_NEVER;
     block->active_ns[at] = record->created_ns;
     block->status[at] = status;
-    WSF_STORE32(&record->slot, slot);
+    note_status(shard, slot / WSF_BLOCK_SLOTS, status);
+    WSF_STORE32(&record->place, place_of(slot, status));
 }
 
 static void take_slot(wsf_shard *shard, uint32_t number, wsf_record *record, uint8_t status)
@@ -196,15 +227,16 @@ static void take_slot(wsf_shard *shard, uint32_t number, wsf_record *record, uin
 /* The record's side of leaving: what it may not hold any longer goes to `trash`. Returns the slot it had. */
 static uint32_t retire(wsf_record *record, wsf_trash *trash)
 {
-    uint32_t slot = record->slot;
+    uint32_t slot = slot_of(record);
     int64_t active_ns = block_of(record)->active_ns[at_of(record)];
+    count_status(record->shard, (uint8_t)wsf_record_status(record), UINT32_MAX);
     wsf_trash_add(trash, record->conn);
     record->detached_active_ns = active_ns;
     for (int field = 0; field < WSF_DROPPED_FIELDS; field++) {
         wsf_trash_add(trash, record->objects[field]);
         record->objects[field] = NULL;
     }
-    WSF_PUBLISH32(&record->slot, WSF_NO_SLOT);
+    WSF_PUBLISH32(&record->place, WSF_NO_PLACE);
     record->shard->counters.removes++;
     return slot;
 }
@@ -554,7 +586,7 @@ int wsf_record_set_deadline(wsf_record *record, int64_t deadline_ns)
     WSF_LOCK(&shard->lock);
     int attached = wsf_record_attached(record);
     if (attached) {
-        int64_t *earliest_ns = &shard->earliest_ns[record->slot / WSF_BLOCK_SLOTS];
+        int64_t *earliest_ns = &shard->earliest_ns[slot_of(record) / WSF_BLOCK_SLOTS];
         block_of(record)->deadline_ns[at_of(record)] = deadline_ns;
         if (deadline_ns < *earliest_ns)
             *earliest_ns = deadline_ns;
@@ -577,19 +609,15 @@ int wsf_record_set_status(wsf_record *record, uint8_t status)
     wsf_shard *shard = record->shard;
     WSF_LOCK(&shard->lock);
     int attached = wsf_record_attached(record);
-    if (attached)
+    if (attached && wsf_record_status(record) != status) {
+        uint32_t slot = slot_of(record);
+        count_status(shard, (uint8_t)wsf_record_status(record), UINT32_MAX);
+        note_status(shard, slot / WSF_BLOCK_SLOTS, status);
         block_of(record)->status[at_of(record)] = status;
+        WSF_STORE32(&record->place, place_of(slot, status));
+    }
     WSF_UNLOCK(&shard->lock);
     return attached;
-}
-
-int wsf_record_status(wsf_record *record)
-{
-    wsf_shard *shard = record->shard;
-    WSF_LOCK(&shard->lock);
-    int status = wsf_record_attached(record) ? block_of(record)->status[at_of(record)] : -1;
-    WSF_UNLOCK(&shard->lock);
-    return status;
 }
 
 void wsf_record_expect(wsf_record *record)
@@ -755,37 +783,91 @@ PyObject *wsf_record_read_conn(wsf_record *record)
 
 /* ---- walks ------------------------------------------------------------------------------------------------------------------ */
 
-/* The part of a walk that lies in one shard. Call with the lock held. */
-static size_t collect_locked(wsf_shard *shard, uint32_t *slot, int status, PyObject **out, size_t room)
+/* The slots of a block whose records have one of these statuses. What is known of the block is exact after this. */
+static uint64_t slots_with(wsf_shard *shard, uint32_t number, uint32_t statuses)
 {
+    const wsf_block *block = shard->blocks[number]; /* NULL: nothing is taken */
+    uint64_t found = 0;
+    uint32_t present = 0;
+    for (uint64_t taken = shard->occupied[number]; taken != 0; taken &= taken - 1) {
+        uint32_t at = wsf_lowest_bit(taken), its = UINT32_C(1) << block->status[at];
+        present |= its;
+        found |= (uint64_t)((its & statuses) != 0) << at;
+    }
+    for (uint32_t each = 0; each < WSF_STATUSES; each++)
+        if ((present >> each & 1) == 0)
+            shard->may_have[number / 64][each] &= ~bit(number);
+    return found;
+}
+
+/* The first block from `number` on that may hold a record with one of these statuses; block_count: none does. */
+static uint32_t block_with(const wsf_shard *shard, uint32_t number, uint32_t statuses)
+{
+    uint64_t wanted = UINT64_MAX << (number & 63);
+    if (statuses == WSF_ANY_STATUS)
+        return number;
+    for (uint32_t word = number / 64; word < (shard->block_count + 63) / 64; word++, wanted = UINT64_MAX) {
+        uint64_t may_have = 0;
+        for (uint32_t each = 0; each < WSF_STATUSES; each++)
+            if (statuses >> each & 1)
+                may_have |= shard->may_have[word][each];
+        if ((may_have & wanted) != 0)
+            return word * 64 + wsf_lowest_bit(may_have & wanted);
+    }
+    return shard->block_count;
+}
+
+/* How many records have one of these statuses; without the lock, about how many. */
+static uint64_t count_with(wsf_shard *shard, uint32_t statuses)
+{
+    uint64_t count = 0;
+    for (uint32_t each = 0; each < WSF_STATUSES; each++)
+        if (statuses >> each & 1)
+            count += WSF_LOAD32(&shard->by_status[each]);
+    return count;
+}
+
+/* The part of a walk that lies in one shard, without references. Call with the lock held. */
+static size_t collect_locked(wsf_shard *shard, uint32_t *slot, uint32_t statuses, PyObject **out, size_t room)
+{
+    const uint64_t most = count_with(shard, statuses); /* when so many are found, blocks that only may hold one do not */
     size_t used = 0;
-    uint32_t number = *slot / WSF_BLOCK_SLOTS, first = *slot % WSF_BLOCK_SLOTS;
-    for (; number < shard->block_count && used < room; number++, first = 0) {
-        uint64_t taken = shard->occupied[number] & (UINT64_MAX << first);
+    uint32_t number = *slot / WSF_BLOCK_SLOTS;
+    uint64_t wanted = UINT64_MAX << *slot % WSF_BLOCK_SLOTS;
+    if (most != 0 && wanted == UINT64_MAX)
+        number = block_with(shard, number, statuses);
+    while (number < shard->block_count && used < room && used < most) {
         const wsf_block *block = shard->blocks[number];
-        while (taken != 0) {
-            uint32_t at = wsf_lowest_bit(taken);
+        uint32_t next = block_with(shard, number + 1, statuses);
+        if (statuses != WSF_ANY_STATUS && next < shard->block_count)
+            WSF_PREFETCH(shard->blocks[next]->status);
+        uint64_t found = statuses == WSF_ANY_STATUS ? shard->occupied[number] : slots_with(shard, number, statuses);
+        for (found &= wanted; found != 0; found &= found - 1) {
+            uint32_t at = wsf_lowest_bit(found);
             if (used == room) {
                 *slot = number * WSF_BLOCK_SLOTS + at;
                 return used;
             }
-            taken &= taken - 1;
-            wsf_record_prefetch(block->records[(at + AHEAD) % WSF_BLOCK_SLOTS]);
-            if (status == WSF_ANY_STATUS || block->status[at] == status)
-                out[used++] = Py_NewRef(wsf_record_object(block->records[at]));
+            wsf_record_prefetch(block->records[at]);
+            out[used++] = wsf_record_object(block->records[at]);
         }
+        number = next;
+        wanted = UINT64_MAX;
     }
     *slot = number * WSF_BLOCK_SLOTS;
     return used;
 }
 
-size_t wsf_core_collect(wsf_core *core, wsf_cursor *cursor, int status, PyObject **out, size_t room)
+size_t wsf_core_collect(wsf_core *core, wsf_cursor *cursor, uint32_t statuses, PyObject **out, size_t room)
 {
     size_t used = 0;
     while (cursor->shard < core->shard_count && used < room) {
         wsf_shard *shard = &core->shards[cursor->shard];
         WSF_LOCK(&shard->lock);
-        used += collect_locked(shard, &cursor->slot, status, out + used, room - used);
+        size_t before = used;
+        used += collect_locked(shard, &cursor->slot, statuses, out + used, room - used);
+        for (size_t i = before; i < used; i++)
+            Py_INCREF(out[i]); /* the heads of all of them are on their way by now */
         int finished = used < room;
         WSF_UNLOCK(&shard->lock);
         if (finished) {
@@ -794,6 +876,93 @@ size_t wsf_core_collect(wsf_core *core, wsf_cursor *cursor, int status, PyObject
         }
     }
     return used;
+}
+
+/* ---- all at once */
+
+/* How many records are looked at between two locks, and how many references wait for a test: few enough that they stay
+ * in the caches. */
+#define PIECE 512
+
+static void release_all(PyObject **objects, size_t begin, size_t end)
+{
+    for (size_t i = begin; i < end; i++)
+        Py_DECREF(objects[i]);
+}
+
+/* Of the records that the index selected, keep those with the statuses. Returns how many. */
+static int64_t keep_statuses(PyObject **objects, int64_t count, uint32_t statuses)
+{
+    size_t kept = 0, n = (size_t)count;
+    for (size_t i = 0; i < n; i++) {
+        PyObject *object = objects[i];
+        if (i + AHEAD < n)
+            WSF_PREFETCH(wsf_object_record(objects[i + AHEAD]));
+        int status = wsf_record_status(wsf_object_record(object));
+        if (status >= 0 && (statuses >> status & 1) != 0) {
+            objects[i] = objects[kept];
+            objects[kept++] = object;
+        }
+    }
+    release_all(objects, kept, n);
+    return (int64_t)kept;
+}
+
+/* Make room for one more piece, the first time for `expected` objects too. */
+static int reserve_piece(PyObject ***objects, size_t used, size_t *capacity, size_t expected)
+{
+    if (*capacity - used >= PIECE)
+        return WSF_OK;
+    size_t larger = PIECE + (*capacity == 0 ? expected : *capacity + *capacity / 2);
+    PyObject **moved = PyMem_Realloc(*objects, larger * sizeof *moved);
+    if (moved == NULL)
+        return WSF_NO_MEMORY;
+    *objects = moved;
+    *capacity = larger;
+    return WSF_OK;
+}
+
+/* expected: about how many records have the statuses. */
+static int64_t select_from_slots(wsf_core *core, const wsf_term *terms, uint32_t count, uint32_t statuses,
+                                 uint64_t expected, PyObject ***out)
+{
+    wsf_cursor cursor = {0, 0};
+    size_t used = 0, capacity = 0, found = PIECE;
+    int64_t kept = 0;
+    while (found == PIECE) {
+        kept = reserve_piece(out, used, &capacity, count == 0 ? (size_t)expected : 0);
+        if (kept < 0)
+            break;
+        PyObject **piece = *out + used;
+        found = wsf_core_collect(core, &cursor, statuses, piece, PIECE);
+        kept = count == 0 ? (int64_t)found : wsf_index_keep(&core->index, terms, count, piece, found);
+        release_all(piece, kept < 0 ? 0 : (size_t)kept, found);
+        if (kept < 0)
+            break;
+        used += (size_t)kept;
+    }
+    if (kept >= 0)
+        return (int64_t)used;
+    release_all(*out, 0, used);
+    PyMem_Free(*out);
+    *out = NULL;
+    return kept;
+}
+
+int64_t wsf_core_select(wsf_core *core, const wsf_term *terms, uint32_t count, uint32_t statuses, PyObject ***out)
+{
+    uint64_t most = 0;
+    *out = NULL;
+    for (uint32_t i = 0; i < core->shard_count; i++)
+        most += count_with(&core->shards[i], statuses);
+    if (most == 0)
+        return 0;
+    int64_t selected = WSF_TOO_MANY;
+    if (count != 0)
+        selected = wsf_index_select(&core->index, terms, count, statuses == WSF_ANY_STATUS ? UINT64_MAX : most, out);
+    if (selected == WSF_TOO_MANY)
+        return select_from_slots(core, terms, count, statuses, most, out);
+    return selected <= 0 || statuses == WSF_ANY_STATUS ? selected : keep_statuses(*out, selected, statuses);
 }
 
 static int later(const wsf_due_entry *a, const wsf_due_entry *b) { return a->deadline_ns > b->deadline_ns; }
@@ -926,21 +1095,30 @@ int64_t wsf_core_bytes(wsf_core *core)
 #ifdef WSF_DEBUG
 static void check_shard(const wsf_shard *shard)
 {
-    uint32_t found = 0;
+    uint32_t found = 0, by_status[WSF_STATUSES] = {0};
     for (uint32_t number = 0; number < shard->block_count; number++) {
         WSF_ASSERT((shard->blocks[number] == NULL) == (shard->occupied[number] == 0));
         WSF_ASSERT(((shard->has_room[number / 64] & bit(number)) != 0) == (shard->occupied[number] != UINT64_MAX));
         for (uint64_t taken = shard->occupied[number]; taken != 0; taken &= taken - 1) {
             uint32_t at = wsf_lowest_bit(taken);
             wsf_record *record = shard->blocks[number]->records[at];
-            WSF_ASSERT(record->shard == shard && record->slot == number * WSF_BLOCK_SLOTS + at);
+            WSF_ASSERT(record->shard == shard && slot_of(record) == number * WSF_BLOCK_SLOTS + at);
+            WSF_ASSERT(wsf_record_status(record) == shard->blocks[number]->status[at]);
             WSF_ASSERT(wsf_table_find(&shard->table, wsf_record_hash(record), record->client_id, wsf_record_equals) ==
                        record);
             WSF_ASSERT(shard->earliest_ns[number] <= shard->blocks[number]->deadline_ns[at]);
+            uint8_t status = shard->blocks[number]->status[at];
+            WSF_ASSERT(status < WSF_STATUSES && (shard->may_have[number / 64][status] & bit(number)) != 0);
+            by_status[status]++;
             found++;
         }
     }
     WSF_ASSERT(found == shard->table.used);
+    WSF_ASSERT(memcmp(by_status, shard->by_status, sizeof by_status) == 0);
+    for (uint32_t number = 0; number < shard->block_capacity; number++)
+        for (uint32_t status = 0; status < WSF_STATUSES; status++)
+            WSF_ASSERT((number < shard->block_count && shard->blocks[number] != NULL) ||
+                       (shard->may_have[number / 64][status] & bit(number)) == 0);
 }
 
 void wsf_core_check(wsf_core *core)

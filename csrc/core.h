@@ -3,7 +3,8 @@
  * Each shard has a lock, a table (id -> record) and slots: dense arrays of what a sweep reads for every connection, in
  * blocks of 64. A record keeps its slot from add to remove, so a cursor that walks the slots meets a record that stays
  * exactly once, whatever comes and goes around it. Freed slots are used again lowest first, and blocks that become
- * empty are given back.
+ * empty are given back. What each shard knows of statuses (how many records have one, and which blocks may hold it) lets
+ * a walk pass over what it does not look for.
  *
  * The registry (the table and the slots together) owns one reference to each attached record. wsf_core_detach hands it
  * to the caller.
@@ -48,8 +49,11 @@ typedef struct wsf_shard {
     wsf_block **blocks;
     uint64_t *occupied;   /* bit i: slot i is taken */
     int64_t *earliest_ns; /* at or before every deadline in the block; made exact when a sweep reads the block */
-    uint64_t *has_room;   /* one bit for each block */
+    /* One bit for each block. */
+    uint64_t *has_room;
+    uint64_t (*may_have)[WSF_STATUSES]; /* a record with this status; made exact when a walk for one reads the block */
     uint32_t block_count, block_capacity;
+    uint32_t by_status[WSF_STATUSES]; /* how many records have it */
     wsf_counters counters;
     int64_t account;    /* bytes */
     int64_t references; /* of the records that were made here, plus one of the registry */
@@ -133,8 +137,7 @@ void wsf_core_forget(wsf_record *record, wsf_trash *trash);
 
 int wsf_record_set_deadline(wsf_record *record, int64_t deadline_ns); /* 0: detached */
 int64_t wsf_record_deadline(wsf_record *record);                     /* WSF_NEVER once detached */
-int wsf_record_set_status(wsf_record *record, uint8_t status);       /* 0: detached */
-int wsf_record_status(wsf_record *record);                           /* -1: detached */
+int wsf_record_set_status(wsf_record *record, uint8_t status);       /* 0: detached. status: below WSF_STATUSES */
 int64_t wsf_record_active(wsf_record *record);
 /* Ask for the memory that a sweep will read of it. */
 void wsf_record_expect(wsf_record *record);
@@ -159,9 +162,14 @@ typedef struct {
     uint32_t shard, slot; /* where to go on */
 } wsf_cursor;
 
-#define WSF_ANY_STATUS (-1)
-/* Up to `room` new references to attached records with this status; 0 at the end. */
-size_t wsf_core_collect(wsf_core *core, wsf_cursor *cursor, int status, PyObject **out, size_t room);
+/* Up to `room` new references to attached records with one of these statuses; 0 at the end. A record whose status
+ * changes meanwhile may be met or not. Costs O(1) for each record met and each change of a status since the last walk,
+ * and O(slots / 4096) for each shard; for WSF_ANY_STATUS, O(slots / 64). */
+size_t wsf_core_collect(wsf_core *core, wsf_cursor *cursor, uint32_t statuses, PyObject **out, size_t room);
+/* All attached records with one of these statuses for which all terms hold: new references in malloc'd memory, as of
+ * wsf_index_select, or WSF_NO_MEMORY. Walks the smallest of the sets that the terms name, or the slots if fewer records
+ * have the statuses. Hold no lock. */
+int64_t wsf_core_select(wsf_core *core, const wsf_term *terms, uint32_t count, uint32_t statuses, PyObject ***out);
 
 typedef struct {
     int64_t deadline_ns;

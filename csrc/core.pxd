@@ -25,24 +25,25 @@ cdef extern from "fnv.h":
 
 cdef extern from "record.h":
     enum:
-        WSF_NO_SLOT
+        WSF_NO_PLACE
+        WSF_STATUSES
         WSF_SESSION
         WSF_DEVICE_INFO
         WSF_EXTRAS
-        WSF_DEVICE_TYPE
         WSF_PERMISSIONS
         WSF_OBJECT_FIELDS
     const int64_t WSF_NEVER
+    const uint32_t WSF_ANY_STATUS
     ctypedef struct wsf_tags:
         PyObject *mapping
     ctypedef struct wsf_record:
-        uint32_t slot
+        uint32_t place
         PyObject *client_id
         wsf_shard *shard
         PyObject *user
         wsf_tags tags
         PyObject *conn
-        PyObject *objects[5]
+        PyObject *objects[4]
         int64_t created_ns
         int64_t heartbeat_ns
         uint64_t messages_in
@@ -57,6 +58,7 @@ cdef extern from "record.h":
         float loss
         uint32_t tag_pos
     bint wsf_record_attached(const wsf_record *record) noexcept
+    int wsf_record_status(const wsf_record *record) noexcept
     PyObject *wsf_record_object(const wsf_record *record) noexcept
 
 
@@ -70,22 +72,39 @@ cdef extern from "index.h":
         WSF_DETACHED
         WSF_TOO_MANY
         WSF_NEEDS_MAPPING
+        WSF_IN_GROUP
+        WSF_OF_USER
+        WSF_HAS_TAG
+        WSF_HAS_TAG_KEY
+        WSF_OF_DEVICE_TYPE
     ctypedef struct wsf_index:
         wsf_table users
         wsf_table tags
-    ctypedef struct wsf_query:
-        PyObject *group
-        PyObject *user
-        PyObject *tag_key
-        PyObject *tag_value
+    ctypedef struct wsf_tag_names:
+        PyObject **keys
+        PyObject **values
+        uint32_t count
+        PyObject *mapping
+    ctypedef struct wsf_term:
+        int kind
+        bint negated
+        PyObject *name
+        PyObject *value
     int wsf_index_join(wsf_index *index, wsf_record *record, PyObject *group, uint32_t max_groups) noexcept
     int wsf_index_leave(wsf_index *index, wsf_record *record, PyObject *group, wsf_trash *trash) noexcept
     int wsf_index_set_user(wsf_index *index, wsf_record *record, PyObject *user, wsf_trash *trash) noexcept
-    int wsf_index_set_tags(wsf_index *index, wsf_record *record, PyObject **keys, PyObject **values, uint32_t count,
-                           PyObject *mapping, wsf_trash *trash) noexcept
+    int wsf_index_set_tags(wsf_index *index, wsf_record *record, const wsf_tag_names *tags, wsf_trash *trash) noexcept
+    int wsf_index_set_device_type(wsf_index *index, wsf_record *record, PyObject *device_type,
+                                  wsf_trash *trash) noexcept
+    int wsf_index_set_tags_and_device_type(wsf_index *index, wsf_record *record, const wsf_tag_names *tags,
+                                           PyObject *device_type, wsf_trash *trash) noexcept
     PyObject *wsf_index_user_of(wsf_index *index, wsf_record *record) noexcept
     PyObject *wsf_index_tags_of(wsf_index *index, wsf_record *record) noexcept
-    int64_t wsf_index_select(wsf_index *index, const wsf_query *query, PyObject ***out) noexcept
+    PyObject *wsf_index_device_type_of(wsf_index *index, wsf_record *record) noexcept
+    int64_t wsf_index_select(wsf_index *index, const wsf_term *terms, uint32_t count, uint64_t most,
+                             PyObject ***out) noexcept
+    int64_t wsf_index_keep(wsf_index *index, const wsf_term *terms, uint32_t count, PyObject **objects,
+                           size_t n) noexcept
     int64_t wsf_index_groups_of(wsf_index *index, wsf_record *record, PyObject ***names) noexcept
     int64_t wsf_index_groups(wsf_index *index, PyObject ***names, uint32_t **sizes) noexcept
     void wsf_index_release_tags(wsf_record *record) noexcept
@@ -95,7 +114,6 @@ cdef extern from "index.h":
 cdef extern from "core.h":
     enum:
         WSF_DUPLICATE
-        WSF_ANY_STATUS
         WSF_MAX_SHARDS
         WSF_CHUNK
     ctypedef struct wsf_counters:
@@ -150,7 +168,6 @@ cdef extern from "core.h":
     bint wsf_record_set_deadline(wsf_record *record, int64_t deadline_ns) noexcept
     int64_t wsf_record_deadline(wsf_record *record) noexcept
     bint wsf_record_set_status(wsf_record *record, uint8_t status) noexcept
-    int wsf_record_status(wsf_record *record) noexcept
     int64_t wsf_record_active(wsf_record *record) noexcept
     void wsf_record_expect(wsf_record *record) noexcept
     void wsf_record_touch(wsf_record *record, int64_t now_ns, bint is_heartbeat) noexcept
@@ -164,7 +181,9 @@ cdef extern from "core.h":
                            PyObject **old) noexcept
     PyObject *wsf_record_read(wsf_record *record, PyObject **field) noexcept
     PyObject *wsf_record_read_conn(wsf_record *record) noexcept
-    size_t wsf_core_collect(wsf_core *core, wsf_cursor *cursor, int status, PyObject **out, size_t room) noexcept
+    size_t wsf_core_collect(wsf_core *core, wsf_cursor *cursor, uint32_t statuses, PyObject **out, size_t room) noexcept
+    int64_t wsf_core_select(wsf_core *core, const wsf_term *terms, uint32_t count, uint32_t statuses,
+                            PyObject ***out) noexcept
     size_t wsf_shard_due(wsf_shard *shard, int64_t now_ns, wsf_due_entry *out, size_t room) noexcept
     uint64_t wsf_core_size(wsf_core *core) noexcept
     int64_t wsf_core_bytes(wsf_core *core) noexcept

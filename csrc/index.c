@@ -1,4 +1,4 @@
-/* Groups, users and tags; see index.h. */
+/* Groups, users, tags and device types; see index.h. */
 #include "index.h"
 
 #include <stdlib.h>
@@ -161,7 +161,7 @@ static void membership_remove(wsf_record *record, int64_t *account, wsf_membersh
 
 /* ---- sets of records by name ------------------------------------------------------------------------------------------ */
 
-/* The word may be the slot of a record, which another thread changes under its shard's lock. */
+/* The word may be the place of a record, which another thread changes under its shard's lock. */
 static int is_set(const void *item) { return WSF_LOAD32((uint32_t *)(uintptr_t)item) == WSF_SET_MARK; }
 
 /* What the user table holds is a set or a lone record; what the group table holds is always a set. */
@@ -443,10 +443,50 @@ static void tag_key_free_if_empty(wsf_index *index, wsf_tag_key *owner, wsf_tras
     wsf_free(&index->account, owner, sizeof *owner);
 }
 
+static int device_type_equals(const void *item, const void *name)
+{
+    return wsf_text_equal(((const wsf_tag *)item)->value, (PyObject *)name);
+}
+
+static uint32_t device_type_hash(const void *item) { return text_fold(((const wsf_tag *)item)->value); }
+
+static wsf_tag *device_type_find(const wsf_index *index, PyObject *name)
+{
+    return wsf_table_find(&index->device_types, text_fold(name), name, device_type_equals);
+}
+
+/* The same for a device type as tag_get does for a tag. */
+static wsf_tag *device_type_get(wsf_index *index, PyObject *name)
+{
+    wsf_tag *tag = device_type_find(index, name);
+    if (tag != NULL || (tag = wsf_alloc(&index->account, sizeof *tag)) == NULL)
+        return tag;
+    memset(tag, 0, sizeof *tag);
+    tag->value = name;
+    if (wsf_table_insert(&index->device_types, &index->account, text_fold(name), tag, device_type_hash) != WSF_OK) {
+        wsf_free(&index->account, tag, sizeof *tag);
+        return NULL;
+    }
+    Py_INCREF(name);
+    return tag;
+}
+
+static void device_type_free(wsf_index *index, wsf_tag *tag, wsf_trash *trash)
+{
+    wsf_table_remove(&index->device_types, &index->account, device_type_hash(tag), tag, device_type_hash);
+    wsf_trash_add(trash, tag->value);
+    bag_free(&tag->tagsets, &index->account);
+    wsf_free(&index->account, tag, sizeof *tag);
+}
+
 static void tag_free_if_empty(wsf_index *index, wsf_tag *tag, wsf_trash *trash)
 {
     if (tag->tagsets.size != 0)
         return;
+    if (tag->owner == NULL) {
+        device_type_free(index, tag, trash);
+        return;
+    }
     wsf_tag_key *owner = tag->owner;
     wsf_tag *moved = bag_remove(&owner->tags, &index->account, tag->position);
     if (moved != NULL)
@@ -544,6 +584,12 @@ static size_t tagset_bytes(uint32_t count)
     return offsetof(wsf_tagset, tags) + count * sizeof(((wsf_tagset *)0)->tags[0]);
 }
 
+/* The set's device type, borrowed, or NULL. set: may be NULL. */
+static wsf_tag *tagset_device_type(const wsf_tagset *set)
+{
+    return set == NULL || set->tags[0].tag->owner != NULL ? NULL : set->tags[0].tag;
+}
+
 static uint32_t tagset_find_tag(const wsf_tagset *set, const wsf_tag *tag)
 {
     for (uint32_t i = 0; i < set->count; i++)
@@ -568,7 +614,7 @@ static void tagset_free(wsf_index *index, wsf_tagset *set, uint32_t linked, wsf_
     WSF_COUNT_LIVE(WSF_LIVE_TAGSET, -1);
 }
 
-/* A new tag set of these tags, in the index; NULL: no memory. mapping: a reference is taken. */
+/* A new tag set of these tags, in the index; NULL: no memory. mapping: a reference is taken; may be NULL. */
 static wsf_tagset *tagset_new(wsf_index *index, const tag_list *list, PyObject *mapping, wsf_trash *trash)
 {
     wsf_tagset *set = wsf_alloc(&index->account, tagset_bytes(list->count));
@@ -578,7 +624,7 @@ static wsf_tagset *tagset_new(wsf_index *index, const tag_list *list, PyObject *
     WSF_COUNT_LIVE(WSF_LIVE_TAGSET, 1);
     set->count = list->count;
     set->hash = tag_list_hash(list);
-    set->mapping = Py_NewRef(mapping);
+    set->mapping = Py_XNewRef(mapping);
     uint32_t linked = 0;
     for (; linked < list->count; linked++) {
         wsf_tag *tag = list->tags[linked];
@@ -614,48 +660,75 @@ static void tags_drop(wsf_index *index, wsf_record *record, wsf_trash *trash)
     }
 }
 
-/* The tag set of these names, made if there is a mapping for it. *set stays NULL where one would be needed. */
-static int tagset_get(wsf_index *index, PyObject *const *keys, PyObject *const *values, tag_list *list,
-                      PyObject *mapping, wsf_tagset **set, wsf_trash *trash)
+/* What a record is to have for its tag set. */
+typedef struct {
+    const wsf_tag_names *tags; /* NULL: as it is */
+    PyObject *device_type;     /* NULL: none */
+    int keeps_device_type;     /* as it is */
+} tagset_wish;
+
+/* Find the tags that are wished for, or make them if `makes` is set; 0: not all are there. list has room. */
+static int list_tags(wsf_index *index, const wsf_tagset *former, const tagset_wish *wish, int makes, tag_list *list,
+                     wsf_trash *trash)
 {
-    uint32_t wanted = list->count, found = 0;
-    for (uint32_t i = 0; i < wanted; i++) {
-        wsf_tag *tag = mapping == NULL ? tag_find(index, keys[i], values[i]) : tag_get(index, keys[i], values[i], trash);
-        if (tag != NULL)
-            list->tags[found++] = tag;
-        else
-            break;
+    wsf_tag *tag = tagset_device_type(former);
+    uint32_t former_first = tag != NULL;
+    if (!wish->keeps_device_type)
+        tag = wish->device_type == NULL ? NULL
+              : makes                   ? device_type_get(index, wish->device_type)
+                                        : device_type_find(index, wish->device_type);
+    if (tag != NULL)
+        list->tags[list->count++] = tag;
+    else if (!wish->keeps_device_type && wish->device_type != NULL)
+        return 0;
+    if (wish->tags == NULL) {
+        for (uint32_t i = former_first; former != NULL && i < former->count; i++)
+            list->tags[list->count++] = former->tags[i].tag; /* in order already */
+        return 1;
     }
-    int outcome = WSF_OK;
-    if (found == wanted) {
-        qsort(list->tags, wanted, sizeof *list->tags, by_address);
+    uint32_t first = list->count;
+    for (uint32_t i = 0; i < wish->tags->count; i++) {
+        PyObject *key = wish->tags->keys[i], *value = wish->tags->values[i];
+        tag = makes ? tag_get(index, key, value, trash) : tag_find(index, key, value);
+        if (tag == NULL)
+            return 0;
+        list->tags[list->count++] = tag;
+    }
+    qsort(list->tags + first, list->count - first, sizeof *list->tags, by_address);
+    return 1;
+}
+
+/* The tag set that is wished for, made if need be; *set stays NULL for no tags and no device type. list: empty. */
+static int tagset_get(wsf_index *index, const wsf_tagset *former, const tagset_wish *wish, tag_list *list,
+                      wsf_tagset **set, wsf_trash *trash)
+{
+    PyObject *mapping = wish->tags != NULL ? wish->tags->mapping : former != NULL ? former->mapping : NULL;
+    /* Tags that are as they were have their mapping, and no tags need none. */
+    int makes = mapping != NULL || wish->tags == NULL || wish->tags->count == 0;
+    int outcome = makes ? WSF_NO_MEMORY : WSF_NEEDS_MAPPING;
+    if (list_tags(index, former, wish, makes, list, trash)) {
+        if (list->count == 0)
+            return WSF_OK;
         *set = wsf_table_find(&index->tagsets, tag_list_hash(list), list, tagset_equals);
-        if (*set == NULL && mapping != NULL)
-            *set = tagset_new(index, list, mapping, trash);
+        if (*set == NULL && makes)
+            *set = tagset_new(index, list, wish->tags != NULL && wish->tags->count == 0 ? NULL : mapping, trash);
+        if (*set != NULL)
+            return WSF_OK;
     }
-    if (*set == NULL) {
-        outcome = mapping == NULL ? WSF_NEEDS_MAPPING : WSF_NO_MEMORY;
-        for (uint32_t i = 0; mapping != NULL && i < found; i++)
-            tag_free_if_empty(index, list->tags[i], trash);
-    }
+    for (uint32_t i = 0; i < list->count; i++)
+        tag_free_if_empty(index, list->tags[i], trash);
     return outcome;
 }
 
-static int set_tags_locked(wsf_index *index, wsf_record *record, PyObject *const *keys, PyObject *const *values,
-                           tag_list *list, PyObject *mapping, wsf_trash *trash)
+static int change_tagset_locked(wsf_index *index, wsf_record *record, const tagset_wish *wish, tag_list *list,
+                                wsf_trash *trash)
 {
     wsf_tagset *set = NULL;
-    if (!wsf_record_attached(record))
-        return WSF_DETACHED;
-    if (list->count != 0) {
-        int outcome = tagset_get(index, keys, values, list, mapping, &set, trash);
-        if (outcome != WSF_OK)
-            return outcome;
-        if (set == record->tags.set)
-            return WSF_OK;
-        if (bag_reserve(&set->records, &index->account) != WSF_OK)
-            return WSF_NO_MEMORY; /* a set that is new has room: this one has other records */
-    }
+    int outcome = tagset_get(index, record->tags.set, wish, list, &set, trash);
+    if (outcome != WSF_OK || set == record->tags.set)
+        return outcome;
+    if (set != NULL && bag_reserve(&set->records, &index->account) != WSF_OK)
+        return WSF_NO_MEMORY; /* a set that is new has room: this one has other records */
     tags_drop(index, record, trash);
     if (set != NULL) {
         record->tags.set = set;
@@ -664,20 +737,56 @@ static int set_tags_locked(wsf_index *index, wsf_record *record, PyObject *const
     return WSF_OK;
 }
 
-int wsf_index_set_tags(wsf_index *index, wsf_record *record, PyObject *const *keys, PyObject *const *values,
-                       uint32_t count, PyObject *mapping, wsf_trash *trash)
+static int change_tagset(wsf_index *index, wsf_record *record, const tagset_wish *wish, wsf_trash *trash)
 {
     wsf_tag *few[16];
-    tag_list list = {few, count};
-    if (count > sizeof few / sizeof *few && (list.tags = PyMem_Malloc(count * sizeof *list.tags)) == NULL)
-        return WSF_NO_MEMORY;
+    tag_list list = {few, 0};
+    int outcome = WSF_DETACHED;
     wsf_record_announce(record);
     WSF_LOCK(&index->lock);
-    int outcome = set_tags_locked(index, record, keys, values, &list, mapping, trash);
+    if (wsf_record_attached(record)) {
+        const wsf_tagset *former = record->tags.set;
+        size_t most = 1 + (size_t)(wish->tags != NULL ? wish->tags->count : former != NULL ? former->count : 0);
+        if (most > sizeof few / sizeof *few)
+            list.tags = PyMem_Malloc(most * sizeof *list.tags);
+        outcome = list.tags == NULL ? WSF_NO_MEMORY : change_tagset_locked(index, record, wish, &list, trash);
+    }
     WSF_UNLOCK(&index->lock);
     if (list.tags != few)
         PyMem_Free(list.tags);
     return outcome;
+}
+
+int wsf_index_set_tags(wsf_index *index, wsf_record *record, const wsf_tag_names *tags, wsf_trash *trash)
+{
+    const tagset_wish wish = {tags, NULL, 1};
+    return change_tagset(index, record, &wish, trash);
+}
+
+int wsf_index_set_device_type(wsf_index *index, wsf_record *record, PyObject *device_type, wsf_trash *trash)
+{
+    const tagset_wish wish = {NULL, device_type, 0};
+    return change_tagset(index, record, &wish, trash);
+}
+
+int wsf_index_set_tags_and_device_type(wsf_index *index, wsf_record *record, const wsf_tag_names *tags,
+                                       PyObject *device_type, wsf_trash *trash)
+{
+    const tagset_wish wish = {tags, device_type, 0};
+    return change_tagset(index, record, &wish, trash);
+}
+
+PyObject *wsf_index_device_type_of(wsf_index *index, wsf_record *record)
+{
+    WSF_LOCK(&index->lock);
+    PyObject *device_type = record->device_type;
+    if (record->tags.set != NULL && record->tag_pos != TAGS_ARE_MAPPING) {
+        const wsf_tag *tag = tagset_device_type(record->tags.set);
+        device_type = tag == NULL ? NULL : tag->value;
+    }
+    device_type = Py_XNewRef(device_type);
+    WSF_UNLOCK(&index->lock);
+    return device_type;
 }
 
 PyObject *wsf_index_tags_of(wsf_index *index, wsf_record *record)
@@ -685,7 +794,7 @@ PyObject *wsf_index_tags_of(wsf_index *index, wsf_record *record)
     WSF_LOCK(&index->lock);
     PyObject *mapping = NULL;
     if (record->tags.set != NULL)
-        mapping = Py_NewRef(record->tag_pos == TAGS_ARE_MAPPING ? record->tags.mapping : record->tags.set->mapping);
+        mapping = Py_XNewRef(record->tag_pos == TAGS_ARE_MAPPING ? record->tags.mapping : record->tags.set->mapping);
     WSF_UNLOCK(&index->lock);
     return mapping;
 }
@@ -701,7 +810,9 @@ void wsf_index_forget(wsf_index *index, wsf_record *record, wsf_trash *trash)
     if (record->user != NULL)
         user_drop(index, record, trash);
     if (record->tags.set != NULL) {
-        PyObject *mapping = Py_NewRef(record->tags.set->mapping);
+        PyObject *mapping = Py_XNewRef(record->tags.set->mapping);
+        const wsf_tag *device_type = tagset_device_type(record->tags.set);
+        record->device_type = device_type == NULL ? NULL : Py_NewRef(device_type->value);
         tags_drop(index, record, trash);
         record->tags.mapping = mapping;
         record->tag_pos = TAGS_ARE_MAPPING;
@@ -738,52 +849,96 @@ void wsf_index_release_tags(wsf_record *record)
 {
     WSF_ASSERT(record->tags.set == NULL || record->tag_pos == TAGS_ARE_MAPPING);
     Py_XDECREF(record->tags.mapping);
-    record->tags.mapping = NULL;
+    Py_XDECREF(record->device_type);
+    record->tags.mapping = record->device_type = NULL;
 }
 
 /* ---- queries -------------------------------------------------------------------------------------------------------------------- */
 
-/* What a query names, found; a NULL that was asked for means that nothing matches. */
-typedef struct {
-    wsf_set *group;
-    void *user; /* set or lone record */
-    wsf_tag *tag;
-    wsf_tag_key *tag_key;
-} resolved_query;
+/* How many candidates a walk is ahead of the one it tests when it asks for a record, and for what its test reads. */
+#define FAR_AHEAD 16
+#define NEAR_AHEAD 8
+/* Candidates that are tested before references to those that match are taken: few enough that their heads, which were
+ * asked for at the test, are still in the caches, and enough that they have arrived. */
+#define CHUNK 32
 
-static int resolve(wsf_index *index, const wsf_query *query, resolved_query *found)
+/* A term whose name was found. */
+typedef struct {
+    int kind, negated;
+    void *what; /* wsf_set; for a user it or the lone record; wsf_tag; wsf_tag_key */
+} found_term;
+
+/* A query whose names were found. First the terms that hold for all records of a tag set or for none, last the others. */
+typedef struct {
+    found_term few[8], *terms;
+    uint32_t of_tagsets, first_of_records, count;
+    found_term *smallest; /* of those that are not negated; NULL: there is none */
+    uint64_t least;             /* its members */
+} found_query;
+
+static void *find_name(wsf_index *index, const wsf_term *term)
 {
-    memset(found, 0, sizeof *found);
-    if (query->group != NULL) {
-        found->group = wsf_table_find(&index->groups, text_fold(query->group), query->group, name_equals);
-        if (found->group == NULL)
-            return 0;
+    PyObject *name = term->name;
+    switch (term->kind) {
+    case WSF_IN_GROUP: return wsf_table_find(&index->groups, text_fold(name), name, name_equals);
+    case WSF_OF_USER: return wsf_table_find(&index->users, text_fold(name), name, name_equals);
+    case WSF_HAS_TAG: return tag_find(index, name, term->value);
+    case WSF_HAS_TAG_KEY: return wsf_table_find(&index->tag_keys, text_fold(name), name, tag_key_equals);
+    default: return device_type_find(index, name);
     }
-    if (query->user != NULL) {
-        found->user = wsf_table_find(&index->users, text_fold(query->user), query->user, name_equals);
-        if (found->user == NULL)
-            return 0;
-    }
-    if (query->tag_key != NULL && query->tag_value != NULL) {
-        found->tag = tag_find(index, query->tag_key, query->tag_value);
-        return found->tag != NULL;
-    }
-    if (query->tag_key != NULL) {
-        found->tag_key =
-            wsf_table_find(&index->tag_keys, text_fold(query->tag_key), query->tag_key, tag_key_equals);
-        return found->tag_key != NULL;
+}
+
+/* Find the names; 0: one that must be there is not, so nothing matches. What nobody has restricts nothing if negated. */
+static int resolve(wsf_index *index, const wsf_term *terms, uint32_t count, found_query *query)
+{
+    query->of_tagsets = 0;
+    query->first_of_records = query->count = count;
+    for (uint32_t i = 0; i < count; i++) {
+        found_term found = {terms[i].kind, terms[i].negated, find_name(index, &terms[i])};
+        if (found.what == NULL) {
+            if (!found.negated)
+                return 0;
+        } else if (found.kind == WSF_IN_GROUP || found.kind == WSF_OF_USER) {
+            query->terms[--query->first_of_records] = found;
+        } else {
+            query->terms[query->of_tagsets++] = found;
+        }
     }
     return 1;
 }
 
-static int has_tag(const wsf_tagset *set, const resolved_query *found)
+/* Room for that many terms. WSF_OK or WSF_NO_MEMORY; then close_query. Not under the lock. */
+static int open_query(found_query *query, uint32_t count)
 {
-    if (set == NULL)
-        return 0;
-    for (uint32_t i = 0; i < set->count; i++)
-        if (found->tag != NULL ? set->tags[i].tag == found->tag : set->tags[i].tag->owner == found->tag_key)
+    query->terms = query->few;
+    if (count > sizeof query->few / sizeof *query->few)
+        query->terms = PyMem_Malloc(count * sizeof *query->terms);
+    return query->terms == NULL ? WSF_NO_MEMORY : WSF_OK;
+}
+
+static void close_query(found_query *query)
+{
+    if (query->terms != query->few)
+        PyMem_Free(query->terms);
+}
+
+/* ---- tests */
+
+static int tagset_has(const wsf_tagset *set, const found_term *term)
+{
+    for (uint32_t i = 0; set != NULL && i < set->count; i++)
+        if (term->kind == WSF_HAS_TAG_KEY ? set->tags[i].tag->owner == term->what : set->tags[i].tag == term->what)
             return 1;
     return 0;
+}
+
+/* set: NULL for records without any. */
+static int tagset_suits(const found_query *query, const wsf_tagset *set)
+{
+    for (uint32_t i = 0; i < query->of_tagsets; i++)
+        if (tagset_has(set, &query->terms[i]) == query->terms[i].negated)
+            return 0;
+    return 1;
 }
 
 static int is_user(const wsf_record *record, const void *user)
@@ -791,96 +946,247 @@ static int is_user(const wsf_record *record, const void *user)
     return record == user || (is_set(user) && record->user == ((const wsf_set *)user)->name);
 }
 
-static int matches(const wsf_record *record, const resolved_query *found)
+static int record_suits(const found_query *query, const wsf_record *record)
 {
-    return wsf_record_attached(record) && (found->group == NULL || membership_find(record, found->group) != NULL) &&
-           (found->user == NULL || is_user(record, found->user)) &&
-           ((found->tag == NULL && found->tag_key == NULL) || has_tag(record->tags.set, found));
+    for (uint32_t i = query->first_of_records; i < query->count; i++) {
+        const found_term *term = &query->terms[i];
+        int holds = term->kind == WSF_OF_USER ? is_user(record, term->what)
+                                              : membership_find(record, term->what) != NULL;
+        if (holds == term->negated)
+            return 0;
+    }
+    return 1;
 }
 
+/* is_tagset_tested: its tag set suits. */
+static inline int suits(const found_query *query, const wsf_record *record, int is_tagset_tested)
+{
+    return wsf_record_attached(record) && (is_tagset_tested || tagset_suits(query, record->tags.set)) &&
+           record_suits(query, record);
+}
+
+/* Ask for what a test will read behind the record, which must have arrived itself. A record that is not attached may
+ * have something else there: it is asked for in vain. */
+static inline void expect_test(const found_query *query, const wsf_record *record)
+{
+    if (query->of_tagsets != 0)
+        WSF_PREFETCH((uintptr_t)record->tags.set + offsetof(wsf_tagset, tags));
+    if (query->first_of_records != query->count)
+        WSF_PREFETCH(record->groups);
+}
+
+/* ---- the smallest set */
+
+/* Records under the tag; a count that reaches `enough` need not be exact, here and below. */
 static uint64_t tag_size(const wsf_tag *tag, uint64_t enough)
 {
+    const wsf_bag *tagsets = &tag->tagsets;
+    if (tagsets->size >= enough)
+        return tagsets->size; /* none of them is empty */
     uint64_t size = 0;
-    for (uint32_t i = 0; i < tag->tagsets.size && size < enough; i++)
-        size += ((wsf_tagset *)tag->tagsets.items[i])->records.size;
+    for (uint32_t i = 0; i < tagsets->size && size < enough; i++) {
+        if (i + NEAR_AHEAD < tagsets->size)
+            WSF_PREFETCH(tagsets->items[i + NEAR_AHEAD]);
+        size += ((const wsf_tagset *)tagsets->items[i])->records.size;
+    }
     return size;
 }
 
-/* Records under the tag or the tag key; a count that reaches `enough` need not be exact. */
-static uint64_t tags_size(const resolved_query *found, uint64_t enough)
+/* Records for which the term holds. */
+static uint64_t term_size(const found_term *term, uint64_t enough)
 {
-    if (found->tag != NULL)
-        return tag_size(found->tag, enough);
+    if (term->kind == WSF_IN_GROUP || term->kind == WSF_OF_USER)
+        return is_set(term->what) ? ((const wsf_set *)term->what)->records.size : 1;
+    if (term->kind != WSF_HAS_TAG_KEY)
+        return tag_size(term->what, enough);
+    const wsf_tag_key *key = term->what;
+    if (key->tags.size >= enough)
+        return key->tags.size;
     uint64_t size = 0;
-    for (uint32_t i = 0; i < found->tag_key->tags.size && size < enough; i++)
-        size += tag_size(found->tag_key->tags.items[i], enough - size);
+    for (uint32_t i = 0; i < key->tags.size && size < enough; i++)
+        size += tag_size(key->tags.items[i], enough - size);
     return size;
 }
+
+/* Remember the smallest of these terms, if it is smaller than the one so far and than `bound`. Returns how many are not
+ * negated. */
+static uint32_t compare_sizes(found_query *query, uint32_t begin, uint32_t end, uint64_t bound)
+{
+    uint32_t compared = 0;
+    for (uint32_t i = begin; i < end; i++) {
+        if (query->terms[i].negated)
+            continue;
+        uint64_t enough = bound < query->least ? bound : query->least;
+        uint64_t size = term_size(&query->terms[i], enough);
+        if (size < enough) {
+            query->smallest = &query->terms[i];
+            query->least = size;
+        }
+        compared++;
+    }
+    return compared;
+}
+
+/* Counting the records of a tag takes a step for each of its tag sets, so all are counted up to a bound, which rises
+ * until nothing below it is unknown: that takes no longer than to walk the smallest, or `most` records. */
+static void find_smallest(found_query *query, uint64_t most)
+{
+    query->smallest = NULL;
+    query->least = UINT64_MAX;
+    (void)compare_sizes(query, query->first_of_records, query->count, UINT64_MAX);
+    for (uint64_t bound = 64; compare_sizes(query, 0, query->of_tagsets, bound) != 0; bound *= 8)
+        if (query->least <= bound || bound > most)
+            return;
+}
+
+/* ---- walking it */
 
 typedef struct {
-    const resolved_query *found;
+    const found_query *query;
     PyObject **out;
     size_t used;
+    int is_tagset_tested; /* all candidates are of a tag set that suits */
 } selection;
+
+static void test_chunk(selection *to, wsf_record *const *records, uint32_t begin, uint32_t end, uint32_t count)
+{
+    const found_query *query = to->query;
+    int matches = 1;
+    for (uint32_t i = begin; i < end; i++) {
+        wsf_record *record = records[i];
+        if (i + FAR_AHEAD < count) {
+            WSF_PREFETCH(records[i + FAR_AHEAD]);
+            if (matches) /* then others will probably too, and their heads be needed */
+                wsf_record_prefetch(records[i + FAR_AHEAD]);
+        }
+        if (i + NEAR_AHEAD < count)
+            expect_test(query, records[i + NEAR_AHEAD]);
+        matches = suits(query, record, to->is_tagset_tested);
+        if (matches) {
+            wsf_record_prefetch(record);
+            to->out[to->used++] = wsf_record_object(record);
+        }
+    }
+}
 
 static void select_from(selection *to, wsf_record *const *records, uint32_t count)
 {
-    const uint32_t ahead = 8; /* enough loads under way to hide most of a cache miss */
-    for (uint32_t i = 0; i < count; i++) {
-        if (i + ahead < count)
-            WSF_PREFETCH(wsf_record_object(records[i + ahead]));
-        if (matches(records[i], to->found))
-            to->out[to->used++] = Py_NewRef(wsf_record_object(records[i]));
+    for (uint32_t begin = 0; begin < count; begin += CHUNK) {
+        size_t i = to->used;
+        test_chunk(to, records, begin, count - begin < CHUNK ? count : begin + CHUNK, count);
+        for (; i < to->used; i++)
+            Py_INCREF(to->out[i]);
     }
+}
+
+/* Many tag sets have one record, and each is in memory of its own: ask for the set, its list and the record in time. */
+static void expect_tagsets(const wsf_bag *tagsets, uint32_t at)
+{
+    if (at + 3 * NEAR_AHEAD < tagsets->size)
+        WSF_PREFETCH(tagsets->items[at + 3 * NEAR_AHEAD]);
+    if (at + 2 * NEAR_AHEAD < tagsets->size)
+        WSF_PREFETCH(((const wsf_tagset *)tagsets->items[at + 2 * NEAR_AHEAD])->records.items);
+    if (at + NEAR_AHEAD < tagsets->size)
+        WSF_PREFETCH(((const wsf_tagset *)tagsets->items[at + NEAR_AHEAD])->records.items[0]);
 }
 
 static void select_from_tag(selection *to, const wsf_tag *tag)
 {
     for (uint32_t i = 0; i < tag->tagsets.size; i++) {
         const wsf_tagset *set = tag->tagsets.items[i];
-        select_from(to, (wsf_record *const *)set->records.items, set->records.size);
+        expect_tagsets(&tag->tagsets, i);
+        if (tagset_suits(to->query, set))
+            select_from(to, (wsf_record *const *)set->records.items, set->records.size);
     }
 }
 
-static int64_t select_locked(wsf_index *index, const wsf_query *query, PyObject ***out)
+/* Its members need not be tested for it. */
+static found_term take_smallest(found_query *query)
 {
-    resolved_query found;
-    if (!resolve(index, query, &found))
+    found_term walked = *query->smallest;
+    if (walked.kind == WSF_IN_GROUP || walked.kind == WSF_OF_USER)
+        *query->smallest = query->terms[query->first_of_records++];
+    else
+        *query->smallest = query->terms[--query->of_tagsets];
+    return walked;
+}
+
+static void select_members(selection *to, const found_term *term)
+{
+    if (term->kind == WSF_HAS_TAG || term->kind == WSF_OF_DEVICE_TYPE) {
+        to->is_tagset_tested = 1;
+        select_from_tag(to, term->what);
+    } else if (term->kind == WSF_HAS_TAG_KEY) {
+        const wsf_tag_key *key = term->what;
+        to->is_tagset_tested = 1;
+        for (uint32_t i = 0; i < key->tags.size; i++)
+            select_from_tag(to, key->tags.items[i]);
+    } else if (is_set(term->what)) {
+        const wsf_set *set = term->what;
+        select_from(to, (wsf_record *const *)set->records.items, set->records.size);
+    } else {
+        wsf_record *lone = term->what;
+        select_from(to, &lone, 1);
+    }
+}
+
+static int64_t select_locked(wsf_index *index, const wsf_term *terms, uint32_t count, uint64_t most, found_query *query,
+                             PyObject ***out)
+{
+    if (!resolve(index, terms, count, query))
         return 0;
-    uint64_t by_group = found.group == NULL ? UINT64_MAX : found.group->records.size;
-    uint64_t by_user = found.user == NULL ? UINT64_MAX : is_set(found.user) ? ((wsf_set *)found.user)->records.size : 1;
-    uint64_t least = by_group < by_user ? by_group : by_user;
-    uint64_t by_tag = query->tag_key == NULL ? UINT64_MAX : tags_size(&found, least);
-    if (by_tag < least)
-        least = by_tag;
-    *out = PyMem_Malloc(least * sizeof **out);
+    find_smallest(query, most);
+    if (query->smallest == NULL || query->least > most)
+        return WSF_TOO_MANY;
+    *out = PyMem_Malloc(query->least * sizeof **out);
     if (*out == NULL)
         return WSF_NO_MEMORY;
-    selection to = {&found, *out, 0};
-    if (least == by_tag) {
-        for (uint32_t i = 0; found.tag == NULL && i < found.tag_key->tags.size; i++)
-            select_from_tag(&to, found.tag_key->tags.items[i]);
-        if (found.tag != NULL)
-            select_from_tag(&to, found.tag);
-    } else if (least == by_user) {
-        wsf_record *lone = found.user;
-        if (is_set(found.user))
-            select_from(&to, (wsf_record *const *)((wsf_set *)found.user)->records.items, (uint32_t)by_user);
-        else
-            select_from(&to, &lone, 1);
-    } else {
-        select_from(&to, (wsf_record *const *)found.group->records.items, found.group->records.size);
-    }
+    selection to = {query, *out, 0, 0};
+    const found_term walked = take_smallest(query);
+    select_members(&to, &walked);
     return (int64_t)to.used;
 }
 
-int64_t wsf_index_select(wsf_index *index, const wsf_query *query, PyObject ***out)
+int64_t wsf_index_select(wsf_index *index, const wsf_term *terms, uint32_t count, uint64_t most, PyObject ***out)
 {
+    found_query query;
     *out = NULL;
+    if (open_query(&query, count) != WSF_OK)
+        return WSF_NO_MEMORY;
     WSF_LOCK(&index->lock);
-    int64_t count = select_locked(index, query, out);
+    int64_t selected = select_locked(index, terms, count, most, &query, out);
     WSF_UNLOCK(&index->lock);
-    return count;
+    close_query(&query);
+    return selected;
+}
+
+static size_t keep_locked(const found_query *query, PyObject **objects, size_t n)
+{
+    size_t kept = 0;
+    for (size_t i = 0; i < n; i++) {
+        PyObject *object = objects[i];
+        if (i + FAR_AHEAD < n)
+            WSF_PREFETCH(wsf_object_record(objects[i + FAR_AHEAD]));
+        if (i + NEAR_AHEAD < n)
+            expect_test(query, wsf_object_record(objects[i + NEAR_AHEAD]));
+        if (suits(query, wsf_object_record(object), 0)) {
+            objects[i] = objects[kept];
+            objects[kept++] = object;
+        }
+    }
+    return kept;
+}
+
+int64_t wsf_index_keep(wsf_index *index, const wsf_term *terms, uint32_t count, PyObject **objects, size_t n)
+{
+    found_query query;
+    if (open_query(&query, count) != WSF_OK)
+        return WSF_NO_MEMORY;
+    WSF_LOCK(&index->lock);
+    size_t kept = resolve(index, terms, count, &query) ? keep_locked(&query, objects, n) : 0;
+    WSF_UNLOCK(&index->lock);
+    close_query(&query);
+    return (int64_t)kept;
 }
 
 int64_t wsf_index_groups_of(wsf_index *index, wsf_record *record, PyObject ***names)
@@ -935,11 +1241,12 @@ void wsf_index_sizes(wsf_index *index, uint32_t *groups, uint32_t *users, uint32
 void wsf_index_free(wsf_index *index)
 {
     WSF_ASSERT(index->users.used == 0 && index->groups.used == 0 && index->tags.used == 0);
-    WSF_ASSERT(index->tag_keys.used == 0 && index->tagsets.used == 0);
+    WSF_ASSERT(index->tag_keys.used == 0 && index->device_types.used == 0 && index->tagsets.used == 0);
     wsf_table_free(&index->users, &index->account);
     wsf_table_free(&index->groups, &index->account);
     wsf_table_free(&index->tags, &index->account);
     wsf_table_free(&index->tag_keys, &index->account);
+    wsf_table_free(&index->device_types, &index->account);
     wsf_table_free(&index->tagsets, &index->account);
     WSF_ASSERT(index->account == 0);
 }
@@ -971,24 +1278,41 @@ static void check_set_of_records(const wsf_table *table, int may_be_lone)
     }
 }
 
+static void check_tagset(const wsf_index *index, const wsf_tagset *set)
+{
+    uint32_t has_device_type = tagset_device_type(set) != NULL;
+    WSF_ASSERT(set->records.size > 0 && set->count > 0);
+    WSF_ASSERT((set->mapping != NULL) == (set->count > has_device_type));
+    for (uint32_t j = 0; j < set->records.size; j++) {
+        const wsf_record *record = set->records.items[j];
+        WSF_ASSERT(record->tags.set == set && record->tag_pos == j && record->device_type == NULL);
+    }
+    for (uint32_t j = 0; j < set->count; j++) {
+        const wsf_tag *tag = set->tags[j].tag;
+        WSF_ASSERT(tag->tagsets.items[set->tags[j].position] == set);
+        WSF_ASSERT(j <= has_device_type || (uintptr_t)set->tags[j - 1].tag < (uintptr_t)tag);
+        if (j < has_device_type)
+            WSF_ASSERT(tag->key == NULL && device_type_find(index, tag->value) == tag);
+        else
+            WSF_ASSERT(tag->owner->tags.items[tag->position] == tag && tag->key == tag->owner->key);
+    }
+}
+
+static void check_no_empty_tags(const wsf_table *table)
+{
+    for (uint32_t i = 0; i < table->capacity; i++)
+        if (table->entries[i] != 0)
+            WSF_ASSERT(((const wsf_tag *)wsf_entry_item(table->entries[i]))->tagsets.size != 0);
+}
+
 void wsf_index_check(wsf_index *index)
 {
     check_set_of_records(&index->users, 1);
     check_set_of_records(&index->groups, 0);
-    for (uint32_t i = 0; i < index->tagsets.capacity; i++) {
-        if (index->tagsets.entries[i] == 0)
-            continue;
-        const wsf_tagset *set = wsf_entry_item(index->tagsets.entries[i]);
-        WSF_ASSERT(set->records.size > 0);
-        for (uint32_t j = 0; j < set->records.size; j++) {
-            const wsf_record *record = set->records.items[j];
-            WSF_ASSERT(record->tags.set == set && record->tag_pos == j);
-        }
-        for (uint32_t j = 0; j < set->count; j++) {
-            const wsf_tag *tag = set->tags[j].tag;
-            WSF_ASSERT(tag->tagsets.items[set->tags[j].position] == set);
-            WSF_ASSERT(tag->owner->tags.items[tag->position] == tag);
-        }
-    }
+    check_no_empty_tags(&index->tags);
+    check_no_empty_tags(&index->device_types);
+    for (uint32_t i = 0; i < index->tagsets.capacity; i++)
+        if (index->tagsets.entries[i] != 0)
+            check_tagset(index, wsf_entry_item(index->tagsets.entries[i]));
 }
 #endif

@@ -6,7 +6,8 @@
  * sanitizers without an interpreter.
  *
  * Locks. Where the GIL exists it is the lock: every function here runs attached and never gives it up, so wsf_lock
- * is empty. On a free-threaded build it is a PyMutex. Never is more than one held, so there is no order to get wrong.
+ * is empty. On a free-threaded build it is a PyMutex. Never is more than one held, but for the queue of metadata
+ * (_metadata.pyx), under whose lock that of a shard is taken.
  * Nothing that could run Python code happens under one:
  * references are taken under a lock and released after it (wsf_trash).
  */

@@ -37,15 +37,30 @@ class Implementation:
         name: of the implementation.
         source: the import statement that gives a new interpreter its ``Registry``.
         sharded: whether ``due`` goes shard by shard. The traditional registry is one map whatever ``shards`` says.
+        metadata_module: the name of the module that has the rest.
     """
 
     name: str
     source: str
     sharded: bool
+    metadata_module: str
     Registry: Any
     ConnectionMeta: Any
     fnv1_32: Callable[..., int]
     fnv1a_32: Callable[..., int]
+
+    @property
+    def Metadata(self) -> Any:
+        return importlib.import_module(self.metadata_module).Metadata
+
+    @property
+    def Change(self) -> Any:
+        return importlib.import_module(self.metadata_module).Change
+
+    @property
+    def size_of(self) -> Callable[..., int]:
+        function: Callable[..., int] = importlib.import_module(self.metadata_module).size_of
+        return function
 
 
 @functools.cache
@@ -57,6 +72,7 @@ def load_implementation(name: str) -> Implementation:
         name=name,
         source=f"from {module.__name__} import ConnectionMeta, {registry} as Registry",
         sharded=name != "traditional",
+        metadata_module="wsfast._metadata" if name == "native" else "wsfast.reference",
         Registry=getattr(module, registry),
         ConnectionMeta=module.ConnectionMeta,
         fnv1_32=module.fnv1_32,

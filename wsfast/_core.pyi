@@ -23,17 +23,15 @@ for one thread at a time. No Python code runs under a lock.
 """
 
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 from typing_extensions import Buffer, disjoint_base
 
-from wsfast.connection import ConnectionStatus, Quality, ShardStats, Stats
+from wsfast.connection import ConnectionStatus, Filters, Quality, ShardStats, Stats
 
 __all__ = ["ConnectionMeta", "Registry", "fnv1_32", "fnv1a_32"]
 
 _T = TypeVar("_T")
-
-_Tag = str | tuple[str, str]
 
 @disjoint_base
 class ConnectionMeta:
@@ -70,7 +68,8 @@ class ConnectionMeta:
     @user_id.setter
     def user_id(self, value: str | None) -> None: ...
     @property
-    def device_type(self) -> str | None: ...
+    def device_type(self) -> str | None:
+        """Assigning a name or None moves the record in the index of device types."""
     @device_type.setter
     def device_type(self, value: str | None) -> None: ...
     @property
@@ -94,9 +93,14 @@ class ConnectionMeta:
     @property
     def metadata(self) -> Mapping[str, Any]:
         """A read-only mapping (``types.MappingProxyType``) that never changes: assigning a mapping of names to
-        objects (else ``TypeError("metadata must be a mapping, not list")``) stores a copy of it as a whole."""
+        objects (else ``TypeError("metadata must be a mapping, not list")``) stores a copy of it as a whole. Nobody
+        validates or announces that: see ``wsfast._metadata``."""
     @metadata.setter
     def metadata(self, value: Mapping[str, Any]) -> None: ...
+    @property
+    def version(self) -> int:
+        """How often the metadata was changed: 0 for a new record, whatever it was made with, and one more with each
+        assignment to ``metadata`` and each change of ``wsfast._metadata.Metadata``. 0 once detached."""
     @property
     def extensions(self) -> dict[str, Any]:
         """A mutable dict for code that extends the server, made when first read. Of a detached record: a new empty
@@ -277,20 +281,12 @@ class Registry:
         """``(h ^ (h >> 16)) & (shards - 1)`` of ``h = fnv1a_32(client_id in UTF-8)``: the same on every machine.
 
         Raises ``InvalidName`` for a string that cannot be an id."""
-    def batches(
-        self,
-        size: int = 100,
-        *,
-        group: str | None = None,
-        user: str | None = None,
-        tag: _Tag | None = None,
-        status: ConnectionStatus | None = None,
-    ) -> Iterator[list[ConnectionMeta]]:
+    def batches(self, size: int = 100, **filters: Unpack[Filters]) -> Iterator[list[ConnectionMeta]]:
         """Lists of *size* records (the last one shorter, none empty), of those that match all the filters given.
 
-        ``tag=("plan", "pro")`` asks for that value, ``tag="plan"`` for any. A name nobody has gives no batch. With a
-        ``group``, ``user`` or ``tag``, the members are those at the time of the first ``next``; ``status`` is looked
-        at when the record's turn comes. A record that is detached by then is left out.
+        With a ``group``, ``user``, ``tag`` or ``device_type``, the members are those at the time of the first ``next``;
+        ``status`` and ``not_status`` are looked at when the record's turn comes, the other ``not_`` filters when its
+        batch is formed. A record that is detached by then is left out.
 
         Promise: what is read of one shard for one batch is consistent; the whole iteration is no snapshot. A
         connection that is attached (and matches) from start to end is yielded exactly once, whatever is added or
@@ -298,24 +294,23 @@ class Registry:
 
         Raises (from the call itself, not from the first ``next``):
             InvalidSetting: *size* is less than 1 (``"size"``, value, ``"1 or more"``).
-            TypeError: ``"size must be int, not str"``; ``"group name must be str, not int"`` and so on for names;
-                ``"tag must be a key or a (key, value) pair, not list"``; ``"status must be a ConnectionStatus, not
-                int"``. A string that cannot be a name matches nobody.
+            TypeError: ``"size must be int, not str"``; and for the filters, see ``Filters``.
 
         Cost: O(1) for each record passed over or yielded; one shard lock at a time, for one batch at most.
         """
-    def for_each(
-        self,
-        fn: Callable[[ConnectionMeta], object],
-        *,
-        group: str | None = None,
-        user: str | None = None,
-        tag: _Tag | None = None,
-        status: ConnectionStatus | None = None,
-    ) -> int:
+    def for_each(self, fn: Callable[[ConnectionMeta], object], **filters: Unpack[Filters]) -> int:
         """Call *fn* with each record, under the promise of ``batches``, until it returns ``False`` itself.
 
         Returns the number of calls made. An exception of *fn* ends the walk and comes through unchanged."""
+    def select(self, **filters: Unpack[Filters]) -> list[ConnectionMeta]:
+        """All records that match all the filters now, in no order; without filters, everybody.
+
+        Raises: as ``batches``.
+
+        Cost: O(members of the smallest of the sets that ``group``, ``user``, ``tag``, ``device_type`` and ``status`` name),
+        whatever the size of the registry; O(1) for each filter and member. With none but ``not_`` filters: O(records).
+        Threads: any. On a free-threaded build the answer is put together from each index at a moment of its own.
+        """
     def join(self, meta: ConnectionMeta, group: str) -> bool:
         """Put a connection into a group, which begins to exist with its first member; False if it was in it.
 

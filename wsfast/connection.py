@@ -7,16 +7,32 @@ that the core and the reference can share it without sharing code.
 
 from __future__ import annotations
 
-from enum import IntEnum
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from collections.abc import Mapping
+from enum import Enum, IntEnum
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypedDict
 
-from wsfast.errors import DetachedRecord, ManagerClosed, PeerClosed
+from wsfast.errors import DetachedRecord, ManagerClosed, MetadataRejected, PeerClosed, PermissionDenied
 
 if TYPE_CHECKING:
-    from wsfast._core import Registry
+    from wsfast._core import ConnectionMeta, Registry
     from wsfast.delivery import Message
 
-__all__ = ["ConnectionStatus", "Quality", "ShardStats", "Stats", "Verbs"]
+__all__ = [
+    "MISSING",
+    "ConnectionStatus",
+    "Filters",
+    "Missing",
+    "Quality",
+    "ShardStats",
+    "Snapshot",
+    "Stats",
+    "Tag",
+    "UpdateReport",
+    "Verbs",
+]
+
+Tag: TypeAlias = str | tuple[str, str]
+"""What a filter may ask of the tags: ``("plan", "pro")``, or ``"plan"`` for any value."""
 
 
 class ConnectionStatus(IntEnum):
@@ -45,6 +61,65 @@ class Quality(NamedTuple):
     """Mean deviation of the round-trip time, in seconds."""
     loss: float = 0.0
     """Share of recent pings that were not answered in time, 0 to 1. On TCP a ping is late, never lost."""
+
+
+class Filters(TypedDict, total=False):
+    """Which connections are meant: those for which all of these hold, and none of the ``not_`` ones. None: no matter.
+
+    Those that take several take them in a ``list``, ``set`` or ``frozenset``, never in a ``tuple``; an empty one
+    restricts nothing. A name that nobody can have, or nobody has, is no error: nobody matches it.
+
+    Other types are a ``TypeError``: ``"group name must be str, not int"``, and so on for "user id", "device type", "tag
+    key" and "tag value"; ``"tag must be a key or a (key, value) pair, not int"``; ``"status must be a ConnectionStatus,
+    not int"``. Filters are checked in this order.
+    """
+
+    group: str | list[str] | set[str] | frozenset[str] | None
+    """Several: all of them."""
+    user: str | None
+    tag: Tag | list[Tag] | set[Tag] | frozenset[Tag] | None
+    """Several: all of them."""
+    status: ConnectionStatus | None
+    device_type: str | None
+    not_group: str | list[str] | set[str] | frozenset[str] | None
+    not_user: str | list[str] | set[str] | frozenset[str] | None
+    not_tag: Tag | list[Tag] | set[Tag] | frozenset[Tag] | None
+    not_status: ConnectionStatus | list[ConnectionStatus] | set[ConnectionStatus] | frozenset[ConnectionStatus] | None
+    not_device_type: str | list[str] | set[str] | frozenset[str] | None
+
+
+class Missing(Enum):
+    """The type of :data:`MISSING`."""
+
+    MISSING = "missing"
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        return "MISSING"
+
+
+MISSING: Final = Missing.MISSING
+"""No value: what a metadata key has that is not there. As a new value, it deletes the key."""
+
+
+class Snapshot(NamedTuple):
+    """The metadata of a connection at one moment."""
+
+    version: int
+    """To be passed as ``if_version``."""
+    metadata: Mapping[str, Any]
+    """A read-only mapping that never changes."""
+
+
+class UpdateReport(NamedTuple):
+    """What became of a change for many connections."""
+
+    changed: int
+    """How many have it."""
+    rejected: tuple[tuple[ConnectionMeta, MetadataRejected], ...]
+    """Those that have not, because a limit of theirs would be passed, and which."""
 
 
 class ShardStats(TypedDict):
@@ -103,6 +178,17 @@ class Verbs:
         """Leave *group*; False if the connection was not in it. See ``Registry.leave``."""
         return _registry(self).leave(self, group)  # type: ignore[arg-type]
 
+    def allows(self, permission: str) -> bool:
+        """Whether *permission* is one of ``permissions``."""
+        return permission in _permissions(self)
+
+    def require(self, *permissions: str) -> None:
+        """Raise ``PermissionDenied``, with all that are missing, unless the connection has all these permissions."""
+        held = _permissions(self)
+        missing = tuple(each for each in permissions if each not in held)
+        if missing:
+            raise PermissionDenied(self.client_id, missing)
+
     async def send(self, message: Message, *, key: str | None = None) -> None:
         """Send one message to this connection. See ``ConnectionManager.send``."""
         registry = self.registry
@@ -115,6 +201,10 @@ class Verbs:
         registry = self.registry
         if registry is not None:
             await _manager(registry).disconnect(self, code, reason)
+
+
+def _permissions(record: Any) -> frozenset[str]:
+    return record.permissions  # type: ignore[no-any-return]
 
 
 def _registry(record: Verbs) -> Registry:

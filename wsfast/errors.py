@@ -8,6 +8,8 @@
     │  ├─ InvalidSetting           also ValueError: a number or choice outside what is allowed
     │  ├─ LimitExceeded            also ValueError: a documented limit of the registry would be passed
     │  ├─ MessageTooBig            also ValueError: a message is longer than the limit
+    │  ├─ MetadataRejected         also ValueError: a change of metadata is not acceptable; has all ``problems``
+    │  ├─ VersionConflict          also RuntimeError: the metadata has changed meanwhile; has the ``current`` version
     │  ├─ UnknownConnection        also KeyError: no connection has this id
     │  ├─ DuplicateConnection      also ValueError: the id is taken
     │  ├─ ForeignRecord            also ValueError: the record belongs to another registry
@@ -17,6 +19,7 @@
     └─ PeerError                   the fault of one connection; has ``client_id``
        ├─ PeerClosed               the connection is closed; has ``code`` and ``reason``
        ├─ PeerTooSlow              the connection does not keep up, so a message to it was dropped
+       ├─ PermissionDenied         the connection lacks permissions; has ``missing``
        └─ PeerFailed               the connection broke in another way; has ``cause``
 
 A plain wrong type is a ``TypeError`` and not part of this tree. Each class keeps its facts as fields and
@@ -24,6 +27,8 @@ makes its text from them, so that the native core and the reference cannot word 
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 __all__ = [
     "DetachedRecord",
@@ -34,18 +39,23 @@ __all__ = [
     "LimitExceeded",
     "ManagerClosed",
     "MessageTooBig",
+    "MetadataRejected",
     "PeerClosed",
     "PeerError",
     "PeerFailed",
     "PeerTooSlow",
+    "PermissionDenied",
+    "Problem",
     "UnknownConnection",
     "UsageError",
+    "VersionConflict",
     "WrongThread",
     "WsfastError",
 ]
 
 # A hostile id may be megabytes long: what goes into a message, and from there into a log, is cut here.
 _SHOWN_CHARACTERS = 64
+_SHOWN_PROBLEMS = 8
 
 
 def _shown(value: object) -> str:
@@ -134,6 +144,36 @@ class MessageTooBig(UsageError, ValueError):
         return f"a message of {self.size} bytes is over the limit of {self.limit}"
 
 
+class Problem(NamedTuple):
+    """One reason why a change of metadata was rejected."""
+
+    key: str | None
+    """Of the metadata; None if it is about the connection's metadata as a whole."""
+    reason: str
+    """As the rest of a sentence: "the value is over the limit of 16384 bytes"."""
+    error: Exception | None = None
+    """What a validator raised."""
+
+    def __str__(self) -> str:
+        reason = (
+            self.reason if len(self.reason) <= 4 * _SHOWN_CHARACTERS else self.reason[: 4 * _SHOWN_CHARACTERS] + "..."
+        )
+        return reason if self.key is None else f"{_shown(self.key)}: {reason}"
+
+
+class MetadataRejected(UsageError, ValueError):
+    """A change of metadata is not acceptable, and nothing of it was made. Attribute: ``problems``, every reason."""
+
+    def __init__(self, problems: tuple[Problem, ...]) -> None:
+        super().__init__(problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        shown = "; ".join(map(str, self.problems[:_SHOWN_PROBLEMS]))
+        more = len(self.problems) - _SHOWN_PROBLEMS
+        return f"metadata rejected: {shown}" + (f"; and {more} more" if more > 0 else "")
+
+
 class _AboutOneConnection(UsageError):
     """What the faults that name one client id share."""
 
@@ -169,6 +209,25 @@ class DetachedRecord(_AboutOneConnection, RuntimeError):
     """A record was changed after it had left its registry. Attribute: ``client_id``."""
 
     text = "the record of {} was removed from its registry"
+
+
+class VersionConflict(UsageError, RuntimeError):
+    """A change was made on condition of a version that the metadata is not at.
+
+    Attributes:
+        client_id: of the connection.
+        expected: the version that was asked for.
+        current: the version that the metadata is at.
+    """
+
+    def __init__(self, client_id: str, expected: int, current: int) -> None:
+        super().__init__(client_id, expected, current)
+        self.client_id = client_id
+        self.expected = expected
+        self.current = current
+
+    def __str__(self) -> str:
+        return f"the metadata of {_shown(self.client_id)} is at version {self.current}, not {self.expected}"
 
 
 class WrongThread(UsageError, RuntimeError):
@@ -231,6 +290,19 @@ class PeerTooSlow(PeerError):
 
     def __str__(self) -> str:
         return f"connection {_shown(self.client_id)} is too slow: a message to it was dropped"
+
+
+class PermissionDenied(PeerError):
+    """The connection lacks permissions. Attributes: ``client_id``, ``missing``, in the order in which they were asked
+    for."""
+
+    def __init__(self, client_id: str, missing: tuple[str, ...]) -> None:
+        super().__init__(client_id)
+        self.args = (client_id, missing)
+        self.missing = missing
+
+    def __str__(self) -> str:
+        return f"connection {_shown(self.client_id)} lacks {', '.join(map(_shown, self.missing))}"
 
 
 class PeerFailed(PeerError):

@@ -1,19 +1,21 @@
-"""The registry in both generations and its health in plain Python: a baseline of benchmarks, the oracle of the tests.
+"""The registry in both generations, its metadata and its health in plain Python: a baseline of benchmarks, the oracle
+of the tests.
 
-The contract of every public name is in ``wsfast/_core.pyi`` and ``wsfast/_health.pyi``; this file holds it without a
-line of the native core. It hides how the records are stored and found:
+The contract of every public name is in ``wsfast/_core.pyi``, ``wsfast/_metadata.pyi`` and ``wsfast/_health.pyi``; this
+file holds it without a line of the native core. It hides how the records are stored and found:
 
 * :class:`Registry`, generation 2: shards chosen by folded FNV-1a, each one a map in the manner of Go's ``sync.Map``.
 * :class:`TraditionalRegistry`, generation 1: one dict under one lock.
 
-All the rest (checks, the record, the indexes, walks) is common to both. :class:`Health` knows no more of a record than
-its attributes.
+All the rest (checks, the record, the indexes, walks, :class:`Metadata`) is common to both. :class:`Health` knows no
+more of a record than its attributes.
 
 Invariants:
 
 * A record is attached while its ``_attached`` is set. The flag changes under the lock of the record's shard, together
   with the map of the shard; with it go the values that may hold arbitrary objects.
 * The indexes have one lock of their own. No thread holds it together with the lock of a shard, nor two of the latter.
+* A :class:`Metadata` has one lock of its own. The lock of a shard may be taken under it, never the other way round.
 * A record enters an index only while it is attached, which is tested under the lock of the indexes. A removal
   clears the flag first and cleans the indexes next, so whoever came in between is cleaned away with the rest.
 * Whoever waits for a lock holds a reference to the registry, so that no registry is destroyed under its own locks.
@@ -26,6 +28,7 @@ a destructor started by the garbage collector) must not call into a registry tha
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 import time
@@ -34,15 +37,40 @@ from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Hashable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Hashable,
+    ItemsView,
+    Iterable,
+    Iterator,
+    KeysView,
+    Mapping,
+    Sequence,
+    ValuesView,
+)
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from itertools import chain, islice
 from operator import itemgetter
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeAlias, TypeVar, cast, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    TypeAlias,
+    TypeVar,
+    Unpack,
+    cast,
+    final,
+    overload,
+)
 
-from wsfast.connection import ConnectionStatus, Quality
+from wsfast.connection import MISSING, ConnectionStatus, Filters, Quality, Snapshot, Tag, UpdateReport
 from wsfast.errors import (
     DetachedRecord,
     DuplicateConnection,
@@ -50,17 +78,35 @@ from wsfast.errors import (
     InvalidName,
     InvalidSetting,
     LimitExceeded,
+    MetadataRejected,
+    Problem,
     UnknownConnection,
+    VersionConflict,
 )
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-__all__ = ["ConnectionMeta", "Health", "Registry", "TraditionalRegistry", "fnv1_32", "fnv1a_32"]
+__all__ = [
+    "Change",
+    "ConnectionMeta",
+    "Health",
+    "Metadata",
+    "Registry",
+    "TraditionalRegistry",
+    "fnv1_32",
+    "fnv1a_32",
+    "size_of",
+]
 
 _K = TypeVar("_K", bound=Hashable)
 _T = TypeVar("_T")
-_Tag: TypeAlias = str | tuple[str, str]
+# What a filter takes where it takes several.
+_Names: TypeAlias = str | list[str] | set[str] | frozenset[str] | None
+_Tags: TypeAlias = Tag | list[Tag] | set[Tag] | frozenset[Tag] | None
+_Statuses: TypeAlias = (
+    ConnectionStatus | list[ConnectionStatus] | set[ConnectionStatus] | frozenset[ConnectionStatus] | None
+)
 # An ordered set of records, and an index of such sets; no set in an index is empty.
 _Members: TypeAlias = "dict[ConnectionMeta, None]"
 _Index: TypeAlias = dict[_K, _Members]
@@ -77,8 +123,9 @@ _MAX_SHARDS = 65536
 _MAX_SECONDS = 1_000_000
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
-_NO_PERMISSIONS: frozenset[str] = frozenset()
+_NO_NAMES: frozenset[str] = frozenset()
 _NOT_MEASURED = Quality()
+_ALL_STATUSES = tuple(ConnectionStatus)
 
 
 # ---- FNV -------------------------------------------------------------------------------------------------------------
@@ -238,6 +285,22 @@ class _Settings:
 # ---- the record ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _MetadataState:
+    """Metadata and their version in one object, so that one slot of the record holds both."""
+
+    version: int
+    metadata: Mapping[str, Any]
+    # How many bytes, and the limit with which they were counted; None if nobody has counted them.
+    counted: tuple[int, int] | None = None
+
+    def followed_by(self, metadata: Mapping[str, Any], counted: tuple[int, int] | None = None) -> _MetadataState:
+        return _MetadataState(self.version + 1, metadata, counted)
+
+
+_NO_METADATA = _MetadataState(0, _NOTHING)
+
+
 @dataclass(slots=True, weakref_slot=True, eq=False, init=False, repr=False, match_args=False)
 class ConnectionMeta:
     """The record of one connection; see ``_core.pyi``.
@@ -254,7 +317,7 @@ class ConnectionMeta:
     _conn: Any
     _session: Any
     _device_info: Any
-    _metadata: Mapping[str, Any]
+    _metadata: _MetadataState
     _extensions: dict[str, Any] | None
     _user_id: str | None
     _device_type: str | None
@@ -335,11 +398,38 @@ class ConnectionMeta:
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        return self._metadata
+        return self._metadata.metadata
 
     @metadata.setter
     def metadata(self, value: Mapping[str, Any]) -> None:
-        self._swap("_metadata", _read_only(_mapping("metadata", "metadata key", value, self._settings.max_name_bytes)))
+        metadata = _read_only(_mapping("metadata", "metadata key", value, self._settings.max_name_bytes))
+        while not self._exchange_metadata(state := self._metadata_now(), state.followed_by(metadata)):
+            pass
+
+    @property
+    def version(self) -> int:
+        return self._metadata.version
+
+    def _metadata_now(self) -> _MetadataState:
+        """The state of the metadata of an attached record."""
+        registry = self._owner()
+        if registry is not None:
+            with self._shard.lock:
+                if self._attached:
+                    return self._metadata
+        raise DetachedRecord(self._client_id)
+
+    def _exchange_metadata(self, before: _MetadataState, after: _MetadataState) -> bool:
+        """Store *after* if the state is still *before*, which the caller drops without a lock; whether it was."""
+        registry = self._owner()
+        if registry is not None:
+            with self._shard.lock:
+                if self._attached:
+                    if self._metadata is not before:
+                        return False
+                    self._metadata = after
+                    return True
+        raise DetachedRecord(self._client_id)
 
     @property
     def extensions(self) -> dict[str, Any]:
@@ -389,7 +479,9 @@ class ConnectionMeta:
 
     @device_type.setter
     def device_type(self, value: str | None) -> None:
-        self._swap("_device_type", _optional_name("device type", value, self._settings.max_name_bytes))
+        name = _optional_name("device type", value, self._settings.max_name_bytes)
+        registry = self._home()
+        registry._indexes.move_device_type(self, name)
 
     @property
     def status(self) -> ConnectionStatus:
@@ -577,7 +669,7 @@ class ConnectionMeta:
         dropped = (self._conn, self._session, self._device_info, self._metadata, self._extensions)
         self._attached = False
         self._conn = self._session = self._device_info = self._extensions = None
-        self._metadata = _NOTHING
+        self._metadata = _NO_METADATA
         self._status = ConnectionStatus.OFFLINE
         self._deadline_ns = None
         return dropped
@@ -775,53 +867,109 @@ class _LockedDict(_Shard):
 # ---- filters ---------------------------------------------------------------------------------------------------------
 
 
+def _several(check: Callable[[Any], _T], asked: Any) -> tuple[_T, ...]:
+    """What a filter asks for, each of it checked. A tuple never means several, because a tag is one."""
+    if asked is None:
+        return ()
+    if isinstance(asked, list | set | frozenset):
+        return tuple([check(each) for each in asked])
+    return (check(asked),)
+
+
+def _tag(value: Tag) -> Tag:
+    if isinstance(value, str):
+        return _text("tag key", value)
+    if isinstance(value, tuple) and len(value) == 2:
+        return _text("tag key", value[0]), _text("tag value", value[1])
+    raise _wrong_type("tag", "a key or a (key, value) pair", value)
+
+
+_group_name = partial(_text, "group name")
+_user_id = partial(_text, "user id")
+_device_type = partial(_text, "device type")
+
+
 @dataclass(frozen=True, slots=True)
 class _Filter:
-    """What a walk shall yield, its types checked. None: anything."""
+    """Which records are meant, the types checked. What is empty or None restricts nothing."""
 
-    group: str | None
-    user_id: str | None
-    tag_key: str | None
-    tag_value: str | None
-    status: ConnectionStatus | None
+    groups: tuple[str, ...] = ()
+    user_id: str | None = None
+    tags: tuple[Tag, ...] = ()
+    statuses: tuple[ConnectionStatus, ...] = _ALL_STATUSES
+    device_type: str | None = None
+    not_groups: tuple[str, ...] = ()
+    not_user_ids: tuple[str, ...] = ()
+    not_tags: tuple[Tag, ...] = ()
+    not_device_types: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, group: str | None, user: str | None, tag: _Tag | None, status: ConnectionStatus | None) -> _Filter:
-        return cls(
-            None if group is None else _text("group name", group),
-            None if user is None else _text("user id", user),
-            *_tag_texts(tag),
-            None if status is None else _status(status),
-        )
+    def of(
+        cls,
+        group: _Names = None,
+        user: str | None = None,
+        tag: _Tags = None,
+        status: ConnectionStatus | None = None,
+        device_type: str | None = None,
+        not_group: _Names = None,
+        not_user: _Names = None,
+        not_tag: _Tags = None,
+        not_status: _Statuses = None,
+        not_device_type: _Names = None,
+    ) -> _Filter:
+        groups = _several(_group_name, group)
+        user_id = None if user is None else _user_id(user)
+        tags = _several(_tag, tag)
+        statuses = _ALL_STATUSES if status is None else (_status(status),)
+        device = None if device_type is None else _device_type(device_type)
+        not_groups = _several(_group_name, not_group)
+        not_user_ids = _several(_user_id, not_user)
+        not_tags = _several(_tag, not_tag)
+        not_statuses = _several(_status, not_status)
+        not_device_types = _several(_device_type, not_device_type)
+        if not_statuses:
+            statuses = tuple([each for each in statuses if each not in not_statuses])
+        return cls(groups, user_id, tags, statuses, device, not_groups, not_user_ids, not_tags, not_device_types)
 
     @property
     def by_index(self) -> bool:
-        return self.group is not None or self.user_id is not None or self.tag_key is not None
+        """Whether it names a set of records that is indexed."""
+        return bool(self.groups or self.tags) or self.user_id is not None or self.device_type is not None
 
-    def matches(self, record: ConnectionMeta) -> bool:
-        """Whether *record* has the group, the user and the tag. The lock of the indexes is held."""
-        if self.group is not None and self.group not in (record._groups or ()):
+    @property
+    def is_excluding(self) -> bool:
+        return bool(self.not_groups or self.not_user_ids or self.not_tags or self.not_device_types)
+
+    def includes(self, record: ConnectionMeta) -> bool:
+        """Whether *record* has the groups, the user, the tags and the device type. The lock of the indexes is held."""
+        if self.groups and not (record._groups or _NO_NAMES).issuperset(self.groups):
             return False
-        if self.user_id is not None and self.user_id != record._user_id:
+        if self.user_id is not None and record._user_id != self.user_id:
             return False
-        if self.tag_key is None:
+        if self.device_type is not None and record._device_type != self.device_type:
+            return False
+        return not self.tags or all(_has_tag(record, tag) for tag in self.tags)
+
+    def excludes(self, record: ConnectionMeta) -> bool:
+        """Whether *record* has a group, a user, a tag or a device type that it must not. The same lock is held."""
+        if self.not_groups and not (record._groups or _NO_NAMES).isdisjoint(self.not_groups):
             return True
-        value = record._tags.get(self.tag_key)
-        return value is not None if self.tag_value is None else value == self.tag_value
+        if record._user_id in self.not_user_ids or record._device_type in self.not_device_types:
+            return True
+        return bool(self.not_tags) and any(_has_tag(record, tag) for tag in self.not_tags)
 
 
-def _tag_texts(tag: _Tag | None) -> tuple[str | None, str | None]:
-    """Key and value that a filter asks for."""
-    if tag is None:
-        return None, None
+def _has_tag(record: ConnectionMeta, tag: Tag) -> bool:
     if isinstance(tag, str):
-        return _text("tag key", tag), None
-    if isinstance(tag, tuple) and len(tag) == 2:
-        return _text("tag key", tag[0]), _text("tag value", tag[1])
-    raise _wrong_type("tag", "a key or a (key, value) pair", tag)
+        return tag in record._tags
+    key, value = tag
+    return record._tags.get(key) == value
 
 
 # ---- indexes ---------------------------------------------------------------------------------------------------------
+
+
+_NOBODY: _Members = {}
 
 
 def _insert(index: _Index[_K], name: _K, record: ConnectionMeta) -> None:
@@ -837,24 +985,26 @@ def _discard(index: _Index[_K], name: _K, record: ConnectionMeta) -> None:
 
 
 class _Indexes:
-    """Who is in a group, who has a user id, who has a tag; and the permission sets, each stored once.
+    """Who is in a group, who has a user id, a device type, a tag; and the permission sets, each stored once.
 
     Every method takes the lock. One that changes a record's place tests first whether the record is attached, and
     raises ``DetachedRecord`` otherwise; ``forget`` follows the end of the attachment, so it has the last word.
     """
 
-    __slots__ = ("_groups", "_lock", "_permissions", "_tags", "_users")
+    __slots__ = ("_device_types", "_groups", "_lock", "_permissions", "_tag_keys", "_tags", "_users")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._groups: _Index[str] = {}
         self._users: _Index[str] = {}
-        self._tags: dict[str, _Index[str]] = {}  # key, value
+        self._device_types: _Index[str] = {}
+        self._tag_keys: _Index[str] = {}
+        self._tags: _Index[tuple[str, str]] = {}
         self._permissions: weakref.WeakValueDictionary[tuple[str, ...], frozenset[str]] = weakref.WeakValueDictionary()
 
     def shared(self, permissions: set[str]) -> frozenset[str]:
         if not permissions:
-            return _NO_PERMISSIONS
+            return _NO_NAMES
         key = tuple(sorted(permissions))
         with self._lock:
             return self._permissions.setdefault(key, frozenset(permissions))
@@ -870,6 +1020,8 @@ class _Indexes:
                 _insert(self._groups, group, record)
             if record._user_id is not None:
                 _insert(self._users, record._user_id, record)
+            if record._device_type is not None:
+                _insert(self._device_types, record._device_type, record)
             self._insert_tags(record)
 
     def forget(self, records: Iterable[ConnectionMeta]) -> None:
@@ -881,6 +1033,8 @@ class _Indexes:
                 record._groups = None
                 if record._user_id is not None:
                     _discard(self._users, record._user_id, record)
+                if record._device_type is not None:
+                    _discard(self._device_types, record._device_type, record)
                 self._discard_tags(record)
 
     def join(self, record: ConnectionMeta, group: str, max_groups: int) -> bool:
@@ -913,6 +1067,15 @@ class _Indexes:
             if user_id is not None:
                 _insert(self._users, user_id, record)
 
+    def move_device_type(self, record: ConnectionMeta, device_type: str | None) -> None:
+        with self._lock:
+            self._check_attached(record)
+            if record._device_type is not None:
+                _discard(self._device_types, record._device_type, record)
+            record._device_type = device_type
+            if device_type is not None:
+                _insert(self._device_types, device_type, record)
+
     def move_tags(self, record: ConnectionMeta, tags: Mapping[str, str]) -> None:
         with self._lock:
             self._check_attached(record)
@@ -921,16 +1084,14 @@ class _Indexes:
             self._insert_tags(record)
 
     def _insert_tags(self, record: ConnectionMeta) -> None:
-        for key, value in record._tags.items():
-            _insert(self._tags.setdefault(key, {}), value, record)
+        for tag in record._tags.items():
+            _insert(self._tag_keys, tag[0], record)
+            _insert(self._tags, tag, record)
 
     def _discard_tags(self, record: ConnectionMeta) -> None:
-        for key, value in record._tags.items():
-            values = self._tags.get(key)
-            if values is not None:
-                _discard(values, value, record)
-                if not values:
-                    del self._tags[key]
+        for tag in record._tags.items():
+            _discard(self._tag_keys, tag[0], record)
+            _discard(self._tags, tag, record)
 
     def _joined(self, record: ConnectionMeta) -> set[str]:
         self._check_attached(record)
@@ -952,33 +1113,46 @@ class _Indexes:
 
     def counts(self) -> dict[str, int]:
         with self._lock:
-            return {
-                "groups": len(self._groups),
-                "users": len(self._users),
-                "tags": sum(len(values) for values in self._tags.values()),
-            }
+            return {"groups": len(self._groups), "users": len(self._users), "tags": len(self._tags)}
 
-    def select(self, wanted: _Filter) -> list[ConnectionMeta]:
-        """The attached records that match group, user and tag of a filter, of which one at least is given."""
+    def members(self, wanted: _Filter) -> list[ConnectionMeta]:
+        """The attached records that are in all the sets that a filter names, of which there is one at least."""
         with self._lock:
-            return [record for record in self._candidates(wanted) if record._attached and wanted.matches(record)]
+            return [record for record in self._fewest(wanted) if record._attached and wanted.includes(record)]
 
-    def _candidates(self, wanted: _Filter) -> Iterable[ConnectionMeta]:
-        if wanted.user_id is not None:  # first, because a user has few connections
-            return self._users.get(wanted.user_id, ())
-        if wanted.group is not None:
-            return self._groups.get(wanted.group, ())
-        values = self._tags.get(wanted.tag_key or "", {})
-        if wanted.tag_value is not None:
-            return values.get(wanted.tag_value, ())
-        return chain.from_iterable(values.values())
+    def excludes(self, wanted: _Filter, record: ConnectionMeta) -> bool:
+        with self._lock:
+            return wanted.excludes(record)
+
+    def select(self, wanted: _Filter, records: Iterable[ConnectionMeta] | None = None) -> list[ConnectionMeta]:
+        """The attached ones of *records* that match a filter. None: of those in the sets that it names."""
+        with self._lock:
+            return [
+                record
+                for record in (self._fewest(wanted) if records is None else records)
+                if record._attached
+                and record._status in wanted.statuses
+                and wanted.includes(record)
+                and not wanted.excludes(record)
+            ]
+
+    def _fewest(self, wanted: _Filter) -> _Members:
+        """The smallest of the sets that a filter names."""
+        sets = [self._groups.get(group, _NOBODY) for group in wanted.groups]
+        for tag in wanted.tags:
+            sets.append(self._tag_keys.get(tag, _NOBODY) if isinstance(tag, str) else self._tags.get(tag, _NOBODY))
+        if wanted.user_id is not None:
+            sets.append(self._users.get(wanted.user_id, _NOBODY))
+        if wanted.device_type is not None:
+            sets.append(self._device_types.get(wanted.device_type, _NOBODY))
+        return min(sets, key=len)
 
     def size(self) -> int:
         """Bytes of the containers."""
         with self._lock:
-            tables = [self._groups, self._users, *self._tags.values()]
+            tables: list[_Index[Any]] = [self._groups, self._users, self._device_types, self._tag_keys, self._tags]
             sets = [members for table in tables for members in table.values()]
-            return sum(sys.getsizeof(container) for container in (self, self._tags, *tables, *sets))
+            return sum(sys.getsizeof(container) for container in (self, *tables, *sets))
 
 
 # ---- views -----------------------------------------------------------------------------------------------------------
@@ -1115,7 +1289,9 @@ class _AnyRegistry(ABC):
         record._permissions = self._indexes.shared(_names("permissions", "permission", permissions, max_bytes))
         record._tags = _NOTHING if tags is None else _tags(tags, max_bytes, self._settings.max_tags)
         record._metadata = (
-            _NOTHING if metadata is None else _read_only(_mapping("metadata", "metadata key", metadata, max_bytes))
+            _NO_METADATA
+            if metadata is None
+            else _MetadataState(0, _read_only(_mapping("metadata", "metadata key", metadata, max_bytes)))
         )
         record._extensions = (
             None if extensions is None else _mapping("extensions", "extension key", extensions, max_bytes)
@@ -1260,34 +1436,82 @@ class _AnyRegistry(ABC):
         self,
         size: int = 100,
         *,
-        group: str | None = None,
+        group: _Names = None,
         user: str | None = None,
-        tag: _Tag | None = None,
+        tag: _Tags = None,
         status: ConnectionStatus | None = None,
+        device_type: str | None = None,
+        not_group: _Names = None,
+        not_user: _Names = None,
+        not_tag: _Tags = None,
+        not_status: _Statuses = None,
+        not_device_type: _Names = None,
     ) -> Iterator[list[ConnectionMeta]]:
         most = _at_least("size", size, 1)
-        return _batched(self._matching(_Filter.of(group, user, tag, status)), most)
+        wanted = _Filter.of(
+            group, user, tag, status, device_type, not_group, not_user, not_tag, not_status, not_device_type
+        )
+        return _batched(self._matching(wanted), most)
 
     def for_each(
         self,
         fn: Callable[[ConnectionMeta], object],
         *,
-        group: str | None = None,
+        group: _Names = None,
         user: str | None = None,
-        tag: _Tag | None = None,
+        tag: _Tags = None,
         status: ConnectionStatus | None = None,
+        device_type: str | None = None,
+        not_group: _Names = None,
+        not_user: _Names = None,
+        not_tag: _Tags = None,
+        not_status: _Statuses = None,
+        not_device_type: _Names = None,
     ) -> int:
+        wanted = _Filter.of(
+            group, user, tag, status, device_type, not_group, not_user, not_tag, not_status, not_device_type
+        )
         calls = 0
-        for record in self._matching(_Filter.of(group, user, tag, status)):
+        for record in self._matching(wanted):
             calls += 1
             if fn(record) is False:
                 break
         return calls
 
+    def select(
+        self,
+        *,
+        group: _Names = None,
+        user: str | None = None,
+        tag: _Tags = None,
+        status: ConnectionStatus | None = None,
+        device_type: str | None = None,
+        not_group: _Names = None,
+        not_user: _Names = None,
+        not_tag: _Tags = None,
+        not_status: _Statuses = None,
+        not_device_type: _Names = None,
+    ) -> list[ConnectionMeta]:
+        wanted = _Filter.of(
+            group, user, tag, status, device_type, not_group, not_user, not_tag, not_status, not_device_type
+        )
+        return self._selected(wanted)
+
+    def _selected(self, wanted: _Filter) -> list[ConnectionMeta]:
+        if wanted.by_index:
+            return self._indexes.select(wanted)
+        return [record for shard in self._shards for record in self._indexes.select(wanted, shard.snapshot())]
+
     def _matching(self, wanted: _Filter) -> Iterator[ConnectionMeta]:
-        records = self._indexes.select(wanted) if wanted.by_index else self._records()
+        """Who was in the sets of a filter at the first ``next``, and matches the rest of it when its turn comes."""
+        records = self._indexes.members(wanted) if wanted.by_index else self._records()
+        statuses, is_excluding = wanted.statuses, wanted.is_excluding
         for record in records:
-            if record._attached and (wanted.status is None or record._status is wanted.status):
+            if (
+                record._attached
+                and record._status in statuses
+                and not (is_excluding and self._indexes.excludes(wanted, record))
+            ):
                 yield record
 
     def _records(self) -> Iterator[ConnectionMeta]:
@@ -1316,13 +1540,13 @@ class _AnyRegistry(ABC):
             raise ForeignRecord(record._client_id)
 
     def group(self, name: str) -> list[ConnectionMeta]:
-        return self._indexes.select(_Filter.of(_text("group name", name), None, None, None))
+        return self._indexes.select(_Filter(groups=(_group_name(name),)))
 
     def groups(self) -> dict[str, int]:
         return self._indexes.group_sizes()
 
     def by_user(self, user_id: str) -> list[ConnectionMeta]:
-        return self._indexes.select(_Filter.of(None, _text("user id", user_id), None, None))
+        return self._indexes.select(_Filter(user_id=_user_id(user_id)))
 
     def due(self, now: int, limit: int = 1000) -> list[ConnectionMeta]:
         now_ns = _int64("now", now)
@@ -1389,6 +1613,658 @@ class TraditionalRegistry(_AnyRegistry):
 
     def _route(self, client_id: str) -> int:
         return 0
+
+
+# ---- metadata --------------------------------------------------------------------------------------------------------
+
+_MAX_LEVELS = 32
+# Of how many keys an engine remembers which validators or notifiers they have.
+_MAX_REMEMBERED_KEYS = 1024
+_CONTAINERS: tuple[Any, ...] = (list, tuple, set, frozenset)
+_UNSET = object()
+
+# How many changes, each in answer to the one before, have led to what runs now. It is in the context so that it reaches
+# the tasks that a notifier starts; one for all engines, so that two of them cannot answer each other for ever.
+_cascade: ContextVar[int] = ContextVar("wsfast.reference.cascade", default=0)
+
+
+def size_of(value: Any, limit: int = _INT64_MAX, /) -> int:
+    """How large a value is; see ``_metadata.pyi``."""
+    most = _int64("limit", limit)
+    found = _measure(value)
+    if isinstance(found, int):
+        return found
+    total = 8
+    levels = [found]  # what is left to count on each level of containers
+    while levels and total <= most:
+        for item in levels[-1]:
+            found = _measure(item)
+            if isinstance(found, int):
+                total += found
+                if total > most:
+                    break
+            elif len(levels) == _MAX_LEVELS:
+                return -1
+            else:
+                total += 8
+                levels.append(found)
+                break
+        else:
+            levels.pop()
+    return total
+
+
+def _measure(value: Any) -> int | Iterator[Any]:
+    """The bytes of a value; of a container, what it holds. A subclass cannot say otherwise than its builtin base."""
+    if value is None or isinstance(value, bool):
+        return 1
+    if isinstance(value, str):
+        return max(1, len(str.encode(value, "utf-8", "surrogatepass")))
+    if isinstance(value, int):
+        return max(8, (int.bit_length(value) + 7) // 8)
+    if isinstance(value, float):
+        return 8
+    if isinstance(value, complex):
+        return 16
+    if isinstance(value, bytes):
+        return max(1, bytes.__len__(value))
+    if isinstance(value, bytearray):
+        return max(1, bytearray.__len__(value))
+    if isinstance(value, memoryview):
+        return max(1, value.nbytes)
+    for container in _CONTAINERS:
+        if isinstance(value, container):
+            items: Iterator[Any] = container.__iter__(value)
+            return items
+    if isinstance(value, dict):
+        return chain.from_iterable(dict.items(value))
+    if isinstance(value, Mapping):
+        return chain.from_iterable(value.items())
+    kind = type(value)
+    # That ours are dataclasses is nobody's business.
+    if is_dataclass(kind) and not issubclass(kind, ConnectionMeta | Change):
+        return _fields_of(value, [field.name for field in fields(kind)])
+    names = getattr(kind, "__struct_fields__", None)
+    return max(1, sys.getsizeof(value)) if names is None else _fields_of(value, names)
+
+
+def _fields_of(value: object, names: Iterable[str]) -> Iterator[Any]:
+    """The fields that have a value: a slot may have none."""
+    return (field for name in names if (field := getattr(value, name, _UNSET)) is not _UNSET)
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Change:
+    """What happened to one key of one connection; see ``_metadata.pyi``."""
+
+    conn: ConnectionMeta
+    client_id: str
+    key: str
+    old: Any
+    new: Any
+    version: int
+    # How many changes led to this one, each in answer to the one before.
+    _cascade: int
+
+    def __repr__(self) -> str:
+        # Values belong to the application and may hold secrets: they stay out of logs.
+        return f"<Change of {self.key!r} of {self.client_id!r}, version {self.version}>"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Hook:
+    """A validator or a notifier, with the keys that it is for."""
+
+    given: Callable[..., object]
+    call: Callable[..., Any]
+    key: str | None
+    prefix: str | None
+    is_last_word: bool = False
+
+    def is_for(self, key: str) -> bool:
+        if self.key is not None:
+            return key == self.key
+        return self.prefix is None or key.startswith(self.prefix)
+
+
+class _Hooks:
+    """All validators, or all notifiers, in the order in which they were added.
+
+    It stays as it is; adding one makes another of these. So what it remembers of a key is never out of date.
+    """
+
+    __slots__ = ("_by_key", "hooks")
+
+    def __init__(self, hooks: tuple[_Hook, ...] = ()) -> None:
+        self.hooks = hooks
+        self._by_key: dict[str, tuple[_Hook, ...]] = {}
+
+    def of(self, key: str) -> tuple[_Hook, ...]:
+        found = self._by_key.get(key)
+        if found is None:
+            found = tuple([hook for hook in self.hooks if hook.is_for(key)])
+            if len(self._by_key) < _MAX_REMEMBERED_KEYS:
+                self._by_key[key] = found
+        return found
+
+    def with_added(self, hook: _Hook) -> _Hooks:
+        return _Hooks((*self.hooks, hook))
+
+    def without(self, hook: _Hook) -> _Hooks:
+        return _Hooks(tuple([each for each in self.hooks if each is not hook]))
+
+
+@dataclass(slots=True)
+class _Wish:
+    """A change as the validators have left it, to be made for one record or many.
+
+    Attributes:
+        values: the new value of each key, or MISSING.
+        sizes: bytes of each key and its value.
+        flawed: keys that could be keys, but for a problem of their values. They are in neither of the above.
+        problems: what speaks against the change, whatever it is made for.
+        is_whole: whether all other keys are to be deleted.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    flawed: set[str] = field(default_factory=set)
+    problems: list[Problem] = field(default_factory=list)
+    is_whole: bool = False
+
+    def made(self, metadata: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+        """What it does to *metadata*: key, old value, new value."""
+        made = [
+            (key, metadata.get(key, MISSING), value)
+            for key, value in self.values.items()
+            if value is not MISSING or key in metadata
+        ]
+        if self.is_whole:
+            made += [(key, value, MISSING) for key, value in metadata.items() if key not in self.values]
+        return made
+
+    def applied(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """What becomes of *metadata*."""
+        after = {} if self.is_whole else dict(metadata)
+        for key, value in self.values.items():
+            if value is MISSING:
+                after.pop(key, None)
+            else:
+                after[key] = value
+        return after
+
+
+class Metadata:
+    """The metadata of the connections of a registry; see ``_metadata.pyi``.
+
+    One lock guards its queue, its hooks and its counters. A record's metadata is exchanged under it, so that changes
+    enter the queue in the order of their versions. Code of the application runs without it.
+    """
+
+    def __init__(
+        self,
+        registry: Any,
+        *,
+        max_key_bytes: int = 128,
+        max_value_bytes: int = 16384,
+        max_keys: int = 64,
+        max_bytes: int = 65536,
+        max_cascade: int = 16,
+        max_queued: int = 100_000,
+        later: Callable[[Callable[[Any], Awaitable[object]], Any], object] | None = None,
+        wants: Callable[[], bool] | None = None,
+        publish: Callable[[tuple[Change, ...]], object] | None = None,
+    ) -> None:
+        if not isinstance(registry, _AnyRegistry):
+            raise _wrong_type("registry", "a Registry", registry)
+        self._registry = registry
+        # A longer name cannot be stored.
+        self._max_key_bytes = min(_at_least("max_key_bytes", max_key_bytes, 1), registry.max_name_bytes)
+        self._max_value_bytes = _at_least("max_value_bytes", max_value_bytes, 1)
+        self._max_keys = _at_least("max_keys", max_keys, 0)
+        self._max_bytes = _at_least("max_bytes", max_bytes, 1)
+        self._max_cascade = _at_least("max_cascade", max_cascade, 0)
+        self._max_queued = _at_least("max_queued", max_queued, 1)
+        self._later, self._wants, self._publish = later, wants, publish
+        self._lock = threading.Lock()
+        self._validators = _Hooks()
+        self._notifiers = _Hooks()
+        self._queue: deque[tuple[tuple[Change, ...], bool]] = deque()
+        self._is_announcing = False
+        self._announcer: tuple[int | None, Callable[[], object] | None] = (None, None)
+        self._is_woken = False
+        self._counts = dict.fromkeys(("changes", "rejected", "conflicts", "notifier_errors", "unannounced"), 0)
+
+    @property
+    def registry(self) -> Any:
+        return self._registry
+
+    def stats(self) -> dict[str, int]:
+        with self._lock:
+            return {f"metadata_{name}": count for name, count in self._counts.items()}
+
+    def _count(self, name: str) -> None:
+        with self._lock:
+            self._counts[name] += 1
+
+    # ---- reading
+
+    def get(self, target: str | ConnectionMeta, key: str, default: Any = None) -> Any:
+        record = self._record(target)
+        name = _text("metadata key", key)
+        return record._metadata_now().metadata.get(name, default)
+
+    def snapshot(self, target: str | ConnectionMeta) -> Snapshot:
+        state = self._record(target)._metadata_now()
+        return Snapshot(state.version, state.metadata)
+
+    def _record(self, target: str | ConnectionMeta) -> ConnectionMeta:
+        if isinstance(target, ConnectionMeta):
+            self._registry._check_home(target)
+            return target
+        if isinstance(target, str):
+            return self._registry[target]
+        raise _wrong_type("target", "a client id or a ConnectionMeta", target)
+
+    # ---- changing
+
+    def set(self, target: str | ConnectionMeta, key: str, value: Any, *, if_version: int | None = None) -> int:
+        record = self._record(target)
+        return self._change(record, {_text("metadata key", key): value}, if_version)
+
+    def update(self, target: str | ConnectionMeta, changes: Mapping[str, Any], *, if_version: int | None = None) -> int:
+        record = self._record(target)
+        return self._change(record, _by_key("changes", changes), if_version)
+
+    def replace(
+        self, target: str | ConnectionMeta, metadata: Mapping[str, Any], *, if_version: int | None = None
+    ) -> int:
+        record = self._record(target)
+        return self._change(record, _by_key("metadata", metadata), if_version, is_whole=True)
+
+    def delete(self, target: str | ConnectionMeta, key: str, *, if_version: int | None = None) -> int:
+        record = self._record(target)
+        # No problem is looked for: what is there may go, also a key that is too long for this engine.
+        wish = _Wish({_text("metadata key", key): MISSING})
+        version = _version(if_version)
+        return self._make_for_one(record, wish, version, self._cascade_of_next())
+
+    def update_where(
+        self,
+        changes: Mapping[str, Any],
+        *,
+        to: Iterable[str | ConnectionMeta] | None = None,
+        **filters: Unpack[Filters],
+    ) -> UpdateReport:
+        values = _by_key("changes", changes)
+        if to is not None and any(asked is not None for asked in filters.values()):
+            raise TypeError("to= cannot be combined with filters")
+        targets = None if to is None else _targets(to)
+        wanted = _Filter.of(**filters)
+        cascade = self._cascade_of_next()
+        wish = self._validated(values)
+        if wish.problems:
+            raise self._rejection(wish.problems)
+        is_published = self._is_published()
+        records = self._registry._selected(wanted) if targets is None else self._present(targets)
+        changed = 0
+        rejected: list[tuple[Any, MetadataRejected]] = []
+        try:
+            for record in records:
+                try:
+                    self._make(record, wish, None, cascade, is_published)
+                except MetadataRejected as error:
+                    rejected.append((record, error))
+                except DetachedRecord:
+                    pass  # removed meanwhile, which the report leaves out
+                else:
+                    changed += 1
+        finally:
+            self._tell()
+        return UpdateReport(changed, tuple(rejected))
+
+    def _present(self, targets: list[str | ConnectionMeta]) -> list[ConnectionMeta]:
+        """The records of the registry among *targets*, each once."""
+        found: dict[ConnectionMeta, None] = {}
+        for target in targets:
+            record = target if isinstance(target, ConnectionMeta) else self._registry._find(target)
+            if record is not None and record._owner() is self._registry:
+                found[record] = None
+        return list(found)
+
+    def check(self, metadata: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        if metadata is None:
+            return None
+        wish = self._validated(_by_key("metadata", metadata), is_whole=True)
+        self._check_as_a_whole(wish, _NO_METADATA, wish.values, sum(wish.sizes.values()))
+        return wish.values
+
+    def _change(
+        self, record: ConnectionMeta, values: dict[str, Any], if_version: int | None, *, is_whole: bool = False
+    ) -> int:
+        version = _version(if_version)
+        cascade = self._cascade_of_next()
+        return self._make_for_one(record, self._validated(values, is_whole=is_whole), version, cascade)
+
+    def _cascade_of_next(self) -> int:
+        """How many changes the next one is in answer to, one after the other."""
+        cascade = _cascade.get()
+        if cascade > self._max_cascade:
+            raise LimitExceeded("changes of metadata in answer to each other", self._max_cascade)
+        return cascade
+
+    def _is_published(self) -> bool:
+        return self._publish is not None and (self._wants is None or bool(self._wants()))
+
+    def _rejection(self, problems: list[Problem]) -> MetadataRejected:
+        self._count("rejected")
+        return MetadataRejected(tuple(problems))
+
+    # ---- checking
+
+    def _validated(self, values: dict[str, Any], *, is_whole: bool = False) -> _Wish:
+        wish = _Wish(is_whole=is_whole)
+        for key, value in values.items():
+            if value is MISSING and is_whole:
+                continue
+            problem = self._problem_of_key(key)
+            if problem is not None:
+                wish.problems.append(problem)
+                continue
+            accepted, problems = self._ask_validators(key, value)
+            size = 0 if accepted is MISSING or problems else size_of(accepted, self._max_value_bytes)
+            if size < 0:
+                problems = [Problem(key, f"the value is nested more than {_MAX_LEVELS} levels deep")]
+            elif size > self._max_value_bytes:
+                problems = [Problem(key, f"the value is over the limit of {self._max_value_bytes} bytes")]
+            if problems:
+                wish.flawed.add(key)
+                wish.problems += problems
+            elif accepted is not MISSING:
+                wish.values[key] = accepted
+                wish.sizes[key] = len(key.encode()) + min(size, self._max_bytes + 1)
+            elif not is_whole:
+                wish.values[key] = MISSING
+        return wish
+
+    def _problem_of_key(self, key: str) -> Problem | None:
+        try:
+            _name("metadata key", key, self._max_key_bytes)
+        except InvalidName as error:
+            return Problem(key, f"the key {error.problem}")
+        return None
+
+    def _ask_validators(self, key: str, value: Any) -> tuple[Any, list[Problem]]:
+        """What the validators make of a value, and what they have against it."""
+        problems: list[Problem] = []
+        for hook in self._validators.of(key):
+            if value is MISSING:
+                break
+            try:
+                returned = hook.call(key, value)
+            except Exception as error:
+                problems.append(Problem(key, _text_of(error), error))
+                if hook.is_last_word:
+                    break
+            else:
+                value = value if returned is None else returned
+        return value, problems
+
+    def _check_as_a_whole(self, wish: _Wish, before: _MetadataState, metadata: Mapping[str, Any], nbytes: int) -> None:
+        """Raise everything that speaks against the change and against *metadata* of *nbytes*, which it would lead to.
+
+        What is over a limit already may stay so, but not grow.
+        """
+        problems = list(wish.problems)
+        keys = len(metadata.keys() | wish.flawed)
+        if keys > self._max_keys and keys > len(before.metadata):
+            problems.append(Problem(None, f"more than {self._max_keys} keys"))
+        if nbytes > self._max_bytes and nbytes > self._bytes_of(before):
+            problems.append(Problem(None, f"more than {self._max_bytes} bytes in all"))
+        if problems:
+            raise self._rejection(problems)
+
+    def _bytes_after(self, wish: _Wish, before: _MetadataState) -> int:
+        """Bytes of the metadata as they would become, without the values that have a problem."""
+        nbytes = sum(wish.sizes.values())
+        if wish.is_whole:
+            return nbytes
+        metadata = before.metadata
+        gone = sum(self._bytes_of_entry(key, metadata[key]) for key in (*wish.values, *wish.flawed) if key in metadata)
+        return nbytes + self._bytes_of(before) - gone
+
+    def _bytes_of(self, state: _MetadataState) -> int:
+        if state.counted is not None:
+            nbytes, limit = state.counted
+            if limit == self._max_bytes:
+                return nbytes
+        return sum(self._bytes_of_entry(key, value) for key, value in state.metadata.items())
+
+    def _bytes_of_entry(self, key: str, value: Any) -> int:
+        """Bytes of a key and its value, of which those that others have put there may be too large to be counted."""
+        size = size_of(value, self._max_bytes)
+        return len(key.encode()) + (size if 0 <= size <= self._max_bytes else self._max_bytes + 1)
+
+    # ---- making
+
+    def _make_for_one(self, record: ConnectionMeta, wish: _Wish, if_version: int | None, cascade: int) -> int:
+        version = self._make(record, wish, if_version, cascade, self._is_published())
+        self._tell()
+        return version
+
+    def _make(
+        self, record: ConnectionMeta, wish: _Wish, if_version: int | None, cascade: int, is_published: bool
+    ) -> int:
+        """Make a change and queue it; the version since then. Nothing is changed by a change that changes nothing."""
+        while True:
+            before = record._metadata_now()
+            if if_version is not None and before.version != if_version:
+                self._count("conflicts")
+                raise VersionConflict(record._client_id, if_version, before.version)
+            metadata, nbytes = wish.applied(before.metadata), self._bytes_after(wish, before)
+            self._check_as_a_whole(wish, before, metadata, nbytes)
+            made = wish.made(before.metadata)
+            if not made:
+                return before.version
+            after = before.followed_by(_read_only(metadata), (nbytes, self._max_bytes))
+            changes = tuple(
+                [Change(record, record._client_id, key, old, new, after.version, cascade) for key, old, new in made]
+            )
+            if self._exchange(record, before, after, changes, is_published):
+                return after.version
+
+    def _exchange(
+        self,
+        record: ConnectionMeta,
+        before: _MetadataState,
+        after: _MetadataState,
+        changes: tuple[Change, ...],
+        is_published: bool,
+    ) -> bool:
+        """Put one state in the place of another and queue what is announced of it; False if another was faster."""
+        is_heard = is_published or any(self._notifiers.of(change.key) for change in changes)
+        with self._lock:
+            if not record._exchange_metadata(before, after):
+                return False
+            self._counts["changes"] += 1
+            if is_heard and len(self._queue) < self._max_queued:
+                self._queue.append((changes, is_published))
+            elif is_heard:
+                self._counts["unannounced"] += 1
+            return True
+
+    # ---- announcing
+
+    def run_on(self, thread: int | None, wake: Callable[[], object] | None) -> None:
+        with self._lock:
+            self._announcer = (thread, wake)
+            self._is_woken = False
+
+    def _tell(self) -> None:
+        """Have announced what is queued."""
+        if not self._queue:
+            return
+        thread, wake = self._announcer
+        if thread is None or thread == threading.get_ident():
+            self.announce()
+        elif wake is not None and self._is_first_to_wake():
+            wake()
+
+    def _is_first_to_wake(self) -> bool:
+        """Whether the thread that announces was not woken since it has announced."""
+        with self._lock:
+            was_woken, self._is_woken = self._is_woken, True
+            return not was_woken
+
+    def announce(self) -> None:
+        thread, _ = self._announcer
+        if thread is not None and thread != threading.get_ident():
+            return
+        with self._lock:
+            self._is_woken = False
+            if self._is_announcing:
+                return
+            self._is_announcing = True
+        try:
+            while (waiting := self._next_in_queue()) is not None:
+                self._announce(*waiting)
+        except BaseException:
+            with self._lock:
+                self._is_announcing = False
+            raise
+
+    def _next_in_queue(self) -> tuple[tuple[Change, ...], bool] | None:
+        """Take the next. An empty queue ends the announcing in the same step, so that nothing is left lying."""
+        with self._lock:
+            if self._queue:
+                return self._queue.popleft()
+            self._is_announcing = False
+            return None
+
+    def _announce(self, changes: tuple[Change, ...], is_published: bool) -> None:
+        token = _cascade.set(changes[0]._cascade + 1)
+        try:
+            for change in changes:
+                for hook in self._notifiers.of(change.key):
+                    self._notify(hook.given, change, partial(hook.call, change))
+            if is_published and self._publish is not None:
+                self._notify(self._publish, changes[0], partial(self._publish, changes))
+        finally:
+            _cascade.reset(token)
+
+    def _notify(self, notifier: Callable[..., object], change: Change, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception:
+            self._count("notifier_errors")
+            self.failed(notifier, change)
+
+    def failed(self, notifier: Callable[..., object], change: Change) -> None:
+        """For subclasses."""
+
+    # ---- validators and notifiers
+
+    def add_validator(
+        self,
+        validator: Callable[[str, Any], Any],
+        *,
+        key: str | None = None,
+        prefix: str | None = None,
+        is_last_word: bool = False,
+    ) -> Callable[[], None]:
+        names = self._names_of_hook("validator", validator, key, prefix)
+        if _is_async(validator):
+            raise TypeError("validator must not be async")
+        return self._add("_validators", _Hook(validator, validator, *names, is_last_word=bool(is_last_word)))
+
+    def add_notifier(
+        self, notifier: Callable[[Change], object], *, key: str | None = None, prefix: str | None = None
+    ) -> Callable[[], None]:
+        names = self._names_of_hook("notifier", notifier, key, prefix)
+        call = self._called_later(notifier) if _is_async(notifier) else notifier
+        return self._add("_notifiers", _Hook(notifier, call, *names))
+
+    def _called_later(self, notifier: Callable[[Change], Any]) -> Callable[[Change], object]:
+        if self._later is None:
+            raise TypeError("an async notifier needs an event loop")
+
+        async def call(change: Change) -> None:
+            token = _cascade.set(change._cascade + 1)
+            try:
+                await notifier(change)
+            except Exception:
+                self._count("notifier_errors")
+                self.failed(notifier, change)
+            finally:
+                _cascade.reset(token)
+
+        return partial(self._later, call)
+
+    def _names_of_hook(
+        self, what: str, given: object, key: str | None, prefix: str | None
+    ) -> tuple[str | None, str | None]:
+        if not callable(given):
+            raise _wrong_type(what, "callable", given)
+        if key is not None and prefix is not None:
+            raise TypeError("key= cannot be combined with prefix=")
+        most = self._max_key_bytes
+        return _optional_name("metadata key", key, most), _optional_name("metadata key prefix", prefix, most)
+
+    def _add(self, kind: Literal["_validators", "_notifiers"], hook: _Hook) -> Callable[[], None]:
+        def remove() -> None:
+            with self._lock:
+                setattr(self, kind, getattr(self, kind).without(hook))
+
+        with self._lock:
+            setattr(self, kind, getattr(self, kind).with_added(hook))
+        return remove
+
+
+def _by_key(argument: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a mapping whose keys are any strings."""
+    if not isinstance(values, Mapping):
+        raise _wrong_type(argument, "a mapping", values)
+    return {_text("metadata key", key): value for key, value in values.items()}
+
+
+def _version(value: int | None) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, int):
+        raise _wrong_type("if_version", "int or None", value)
+    return int.__index__(value)
+
+
+def _targets(to: Iterable[str | ConnectionMeta]) -> list[str | ConnectionMeta]:
+    if isinstance(to, str):
+        raise _no_target(to)
+    try:
+        iterator = iter(to)
+    except TypeError:
+        raise _no_target(to) from None
+    targets = list(iterator)
+    for target in targets:
+        if not isinstance(target, str | ConnectionMeta):
+            raise _no_target(target)
+    return targets
+
+
+def _no_target(value: object) -> TypeError:
+    return TypeError(f"to must hold client ids and records, not {type(value).__name__}")
+
+
+def _text_of(error: Exception) -> str:
+    """What an exception says, or its type where it says nothing."""
+    try:
+        text = str(error)
+    except Exception:
+        text = ""
+    return text or type(error).__name__
+
+
+def _is_async(call: Callable[..., object]) -> bool:
+    return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__)
 
 
 # ---- health ----------------------------------------------------------------------------------------------------------

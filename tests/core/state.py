@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from wsfast.connection import ConnectionStatus
+
 EXACT = (
     "client_id",
     "attached",
@@ -22,6 +24,7 @@ EXACT = (
     "quality",
     "deadline_ns",
     "groups",
+    "version",
     "created_ns",
     "last_active_ns",
     "last_heartbeat_ns",
@@ -69,6 +72,7 @@ def index_state(registry: Any) -> dict[str, Any]:
     """What the indexes answer, for all names that the records hold."""
     records = list(registry.values())
     users = {record.user_id for record in records} - {None}
+    kinds = {record.device_type for record in records} - {None}
     tags = {pair for record in records for pair in record.tags.items()}
     return {
         "groups": registry.groups(),
@@ -76,6 +80,8 @@ def index_state(registry: Any) -> dict[str, Any]:
         "users": {user: ids(registry.by_user(user)) for user in users},
         "tag values": {tag: ids(walk(registry, tag=tag)) for tag in tags},
         "tag keys": {key: ids(walk(registry, tag=key)) for key, _ in tags},
+        "device types": {kind: ids(registry.select(device_type=kind)) for kind in kinds},
+        "statuses": {status.name: ids(registry.select(status=status)) for status in ConnectionStatus},
     }
 
 
@@ -100,7 +106,12 @@ def assert_consistent(registry: Any) -> None:
     groups: dict[str, list[str]] = {}
     users: dict[str, list[str]] = {}
     tags: dict[tuple[str, str], list[str]] = {}
+    kinds: dict[str, list[str]] = {}
+    statuses: dict[ConnectionStatus, list[str]] = {}
     for record in records:
+        statuses.setdefault(record.status, []).append(record.client_id)
+        if record.device_type is not None:
+            kinds.setdefault(record.device_type, []).append(record.client_id)
         for group in record.groups:
             groups.setdefault(group, []).append(record.client_id)
         for tag in record.tags.items():
@@ -111,6 +122,9 @@ def assert_consistent(registry: Any) -> None:
     assert {group: ids(registry.group(group)) for group in groups} == _sorted(groups)
     assert {user: ids(registry.by_user(user)) for user in users} == _sorted(users)
     assert {tag: ids(walk(registry, tag=tag)) for tag in tags} == _sorted(tags)
+    assert {kind: ids(registry.select(device_type=kind)) for kind in kinds} == _sorted(kinds)
+    assert {status: ids(registry.select(status=status)) for status in statuses} == _sorted(statuses)
+    assert ids(registry.select()) == ids(records)
     totals = registry.stats()
     assert (totals["groups"], totals["users"], totals["tags"]) == (len(groups), len(users), len(tags))
     assert totals["connections"] == totals["adds"] - totals["removes"] == len(records)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import FakeClock, Implementation
 from tests.core.state import assert_consistent, record_state, registry_state
-from wsfast.connection import ConnectionStatus, Quality
+from wsfast.connection import ConnectionStatus, Filters, Quality
 from wsfast.errors import (
     DetachedRecord,
     DuplicateConnection,
@@ -167,7 +167,7 @@ BAD_CALLS: list[tuple[Call, type[Exception], str]] = [
     (passing("remove", "foreign"), ForeignRecord, FOREIGN),
     (calling("group", 5), TypeError, "group name must be str, not int"),
     (calling("by_user", None), TypeError, "user id must be str, not NoneType"),
-    # batches, for_each
+    # batches, for_each, select
     *(
         (calling("batches", value), error, text)
         for value, error, text in (
@@ -185,12 +185,14 @@ BAD_CALLS: list[tuple[Call, type[Exception], str]] = [
         for call in (
             lambda **filters: calling("batches", **filters),
             lambda **filters: calling("for_each", print, **filters),
+            lambda **filters: calling("select", **filters),
         )
         for filters, text in (
             ({"group": 5}, "group name must be str, not int"),
             ({"user": b"u"}, "user id must be str, not bytes"),
             ({"tag": 5}, f"{NO_TAG}int"),
-            ({"tag": ["k", "v"]}, f"{NO_TAG}list"),
+            ({"tag": [["k", "v"]]}, f"{NO_TAG}list"),
+            ({"tag": {"k": "v"}}, f"{NO_TAG}dict"),
             ({"tag": ()}, f"{NO_TAG}tuple"),
             ({"tag": ("k",)}, f"{NO_TAG}tuple"),
             ({"tag": ("k", "v", "w")}, f"{NO_TAG}tuple"),
@@ -198,6 +200,31 @@ BAD_CALLS: list[tuple[Call, type[Exception], str]] = [
             ({"tag": ("k", None)}, "tag value must be str, not NoneType"),
             ({"status": 1}, "status must be a ConnectionStatus, not int"),
             ({"status": "ONLINE"}, "status must be a ConnectionStatus, not str"),
+            ({"status": [ConnectionStatus.ONLINE]}, "status must be a ConnectionStatus, not list"),
+            ({"group": ("g", "h")}, "group name must be str, not tuple"),
+            ({"group": range(2)}, "group name must be str, not range"),
+            ({"group": ["g", 5]}, "group name must be str, not int"),
+            ({"group": [None]}, "group name must be str, not NoneType"),
+            ({"user": ["u"]}, "user id must be str, not list"),
+            ({"tag": ["k", ("k",)]}, f"{NO_TAG}tuple"),
+            ({"tag": [("k", 5)]}, "tag value must be str, not int"),
+            ({"tag": {("k", "v"), (5, "v")}}, "tag key must be str, not int"),
+            ({"tag": [None]}, f"{NO_TAG}NoneType"),
+            ({"device_type": 5}, "device type must be str, not int"),
+            ({"device_type": ["d"]}, "device type must be str, not list"),
+            ({"not_group": 5}, "group name must be str, not int"),
+            ({"not_group": ("g",)}, "group name must be str, not tuple"),
+            ({"not_group": {"g", 5}}, "group name must be str, not int"),
+            ({"not_user": 5}, "user id must be str, not int"),
+            ({"not_user": frozenset([5])}, "user id must be str, not int"),
+            ({"not_tag": 5}, f"{NO_TAG}int"),
+            ({"not_tag": [("k", "v", "w")]}, f"{NO_TAG}tuple"),
+            ({"not_tag": ("k", 5)}, "tag value must be str, not int"),
+            ({"not_status": 1}, "status must be a ConnectionStatus, not int"),
+            ({"not_status": (ConnectionStatus.ONLINE,)}, "status must be a ConnectionStatus, not tuple"),
+            ({"not_status": [ConnectionStatus.ONLINE, 1]}, "status must be a ConnectionStatus, not int"),
+            ({"not_device_type": 5}, "device type must be str, not int"),
+            ({"not_device_type": [b"d"]}, "device type must be str, not bytes"),
         )
     ),
     # join, leave
@@ -393,6 +420,12 @@ WRONG_FILTERS: dict[str, tuple[Any, str]] = {
     "user": (5, "user id must be str, not int"),
     "tag": (5, f"{NO_TAG}int"),
     "status": (5, "status must be a ConnectionStatus, not int"),
+    "device_type": (5, "device type must be str, not int"),
+    "not_group": ([0.5], "group name must be str, not float"),
+    "not_user": ([0.5], "user id must be str, not float"),
+    "not_tag": ([0.5], f"{NO_TAG}float"),
+    "not_status": ([0.5], "status must be a ConnectionStatus, not float"),
+    "not_device_type": ([0.5], "device type must be str, not float"),
 }
 
 
@@ -401,6 +434,10 @@ def test_filters_are_checked_in_the_order_of_the_signature(impl: Implementation,
     with pytest.raises((TypeError, ValueError)) as caught:
         impl.Registry().batches(**{name: WRONG_FILTERS[name][0] for name in (second, first)})
     assert str(caught.value) == WRONG_FILTERS[first][1]
+    if first != "size":
+        with pytest.raises(TypeError) as caught:
+            impl.Registry().select(**{name: WRONG_FILTERS[name][0] for name in (second, first)})
+        assert str(caught.value) == WRONG_FILTERS[first][1]
 
 
 def test_bool_is_taken_as_an_int(impl: Implementation, clock: FakeClock) -> None:
@@ -425,8 +462,10 @@ def test_every_argument_can_be_given_by_its_name(impl: Implementation) -> None:
     assert registry.group(name="g") == [record]
     assert registry.leave(meta=record, group="g") is True
     assert registry.by_user(user_id="u") == []
-    assert list(registry.batches(size=1, group=None, user=None, tag=None, status=None)) == [[record]]
-    assert registry.for_each(fn=lambda record: None, group=None, user=None, tag=None, status=None) == 1
+    filters = dict.fromkeys(Filters.__annotations__)
+    assert list(registry.batches(size=1, **filters)) == [[record]]
+    assert registry.for_each(fn=lambda record: None, **filters) == 1
+    assert registry.select(**filters) == [record]
     record.touch(now_ns=3)
     record.heartbeat(now_ns=4)
     record.received(nbytes=5, messages=1)

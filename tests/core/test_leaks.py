@@ -21,7 +21,7 @@ import wsfast.errors
 from tests.conftest import Implementation
 from tests.core.conftest import live_objects
 from tests.core.state import DEPARTURES, assert_consistent, walk
-from wsfast.connection import ConnectionStatus
+from wsfast.connection import MISSING, ConnectionStatus
 
 PROJECT = str(Path(wsfast.errors.__file__).parents[1])
 # Without the GIL a reference count is split between threads, and what getrefcount tells is no balance.
@@ -87,6 +87,10 @@ def use_all(registry: Any, objects: Objects) -> None:
     assert registry.group(objects.group) == registry.by_user(objects.user_id) == [record]
     assert walk(registry, group=objects.group, user=objects.user_id, tag=tag) == [record]
     assert walk(registry, tag=objects.tag_key) == [record]
+    assert registry.select(group=[objects.group], tag=[tag, objects.tag_key], device_type=objects.device_type) == [
+        record
+    ]
+    assert registry.select(not_group={objects.group}, not_tag=tag, not_user=[objects.user_id]) == []
     assert walk(registry, group=objects.value[0]) == []
     assert (registry.shard_of(objects.client_id), registry.shard_of(objects.value[0])) >= (0, 0)
     assert (record.client_id, record.user_id, record.device_type) == (
@@ -237,7 +241,11 @@ def failing_calls(registry: Any, objects: Objects) -> list[Callable[[], object]]
         lambda: registry.join(objects.conn, objects.group),
         lambda: registry.join(gone, objects.group),
         lambda: registry.leave(gone, objects.group),
-        lambda: registry.batches(group=objects.group, user=objects.user_id, tag=objects.conn),
+        lambda: registry.batches(group=objects.group, user=objects.user_id, tag=[objects.tag_key, objects.conn]),
+        lambda: registry.batches(group=objects.group, user=objects.user_id, tag=[objects.conn]),
+        lambda: registry.select(group=[objects.group, objects.conn]),
+        lambda: registry.select(tag={objects.tag_key}, not_tag=[(objects.tag_key, objects.tag_value), objects.conn]),
+        lambda: registry.select(device_type=objects.device_type, not_device_type=[objects.device_type, 5]),
         lambda: registry.batches(tag=(objects.tag_key, objects.conn)),
         lambda: registry.for_each(objects.conn, status=objects.value),
         lambda: registry.due(objects.conn),
@@ -266,6 +274,91 @@ def test_failed_calls_give_every_reference_back(impl: Implementation) -> None:
         for call in failing_calls(registry, objects):
             with pytest.raises((TypeError, ValueError, KeyError, RuntimeError)):
                 call()
+
+    assert_balanced(impl, use)
+
+
+REFUSED = object()
+"""A value that no validator here lets through."""
+
+
+class Listening:
+    """An engine with a validator and a notifier for every key, which see watched objects and keep none."""
+
+    def __init__(self, impl: Implementation, registry: Any) -> None:
+        self.answers = 0
+        self.engine = impl.Metadata(registry, max_keys=2, max_queued=2, publish=self.publish)
+        self.engine.add_validator(self.validate)
+        self.engine.add_notifier(self.notify)
+
+    def validate(self, key: str, value: Any) -> Any:
+        if value is REFUSED:
+            raise ValueError(key)
+        return value
+
+    def notify(self, change: Any) -> None:
+        if self.answers:
+            self.answers -= 1
+            self.engine.set(change.conn, change.key, change.old)
+            raise LookupError(change)
+
+    def publish(self, changes: Any) -> None:
+        raise LookupError(changes)
+
+
+@needs_exact_counts
+@each_departure
+def test_changes_of_metadata_give_every_reference_back(
+    impl: Implementation, depart: Callable[[Any, Any], object]
+) -> None:
+    def use(registry: Any, objects: Objects) -> None:
+        listening = Listening(impl, registry)
+        engine = listening.engine
+        record = registry.add(objects.client_id, groups=["g"])
+        others = [registry.add(f"other {number}", groups=["g"]) for number in range(3)]
+        engine.set(objects.client_id, objects.key, objects.value)
+        listening.answers = 3
+        engine.update(record, {objects.key: objects.session, objects.group: objects.value, fresh("no such"): MISSING})
+        engine.replace(record, {objects.group: objects.device_info}, if_version=record.version)
+        assert engine.get(record, objects.group, objects.conn) is engine.snapshot(record).metadata[objects.group]
+        assert engine.check({objects.key: objects.value}) == {objects.key: objects.value}
+        assert engine.update_where({objects.key: objects.value}, group="g").changed == 4
+        engine.delete(record, objects.key)
+        assert engine.update_where({objects.key: objects.value}, to=[record, *others, "nobody"]).changed == 4
+        engine.run_on(-1, None)
+        for value in (objects.value, objects.conn, objects.session):
+            engine.set(record, objects.key, value)  # which stay in the queue, or find no room there
+        depart(registry, record)
+        registry.clear()
+
+    assert_balanced(impl, use)
+
+
+@needs_exact_counts
+def test_rejected_changes_of_metadata_give_every_reference_back(impl: Implementation) -> None:
+    def use(registry: Any, objects: Objects) -> None:
+        engine = Listening(impl, registry).engine
+        record, gone = registry.add(objects.client_id), registry.add("gone")
+        registry.remove(gone)
+        for call in (
+            lambda: engine.set("nobody", objects.key, objects.value),
+            lambda: engine.set(gone, objects.key, objects.value),
+            lambda: engine.set(objects.conn, objects.key, objects.value),
+            lambda: engine.set(record, objects.conn, objects.value),
+            lambda: engine.set(record, objects.key, objects.value, if_version=5),
+            lambda: engine.set(record, objects.key, objects.value, if_version=objects.conn),
+            lambda: engine.update(record, {objects.key: objects.value, objects.group: REFUSED}),
+            lambda: engine.update(record, {objects.key: objects.value, "": objects.session}),
+            lambda: engine.replace(record, dict.fromkeys((objects.key, objects.group, objects.user_id), objects.value)),
+            lambda: engine.check({objects.key: objects.value, objects.group: [objects.session] * 100_000}),
+            lambda: engine.update_where({objects.key: objects.value}, to=[objects.conn]),
+            lambda: engine.update_where({objects.key: REFUSED}),
+            lambda: engine.add_validator(objects.conn),
+            lambda: engine.add_notifier(print, key=objects.key, prefix=objects.group),
+        ):
+            with pytest.raises((TypeError, ValueError, KeyError, RuntimeError)):
+                call()
+        registry.clear()
 
     assert_balanced(impl, use)
 

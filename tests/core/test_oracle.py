@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 
 from tests.conftest import FakeClock, Implementation
 from tests.core.state import SHARD_COUNTERS, assert_consistent, record_state, registry_state
-from wsfast.connection import ConnectionStatus, Quality
+from wsfast.connection import MISSING, ConnectionStatus, Quality, Snapshot, UpdateReport
 from wsfast.errors import InvalidSetting
 
 FOREIGN = -1
@@ -33,6 +33,13 @@ STEP_NS = 100_000_000
 def mostly(good: st.SearchStrategy[Any], bad: list[Any]) -> st.SearchStrategy[Any]:
     """Values of *good*, and one of *bad* now and then."""
     return st.integers(0, 11).flatmap(lambda chance: st.sampled_from(bad) if chance == 11 else good)
+
+
+def _nested(levels: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(levels - 1):
+        value = [value]
+    return value
 
 
 good_ids = st.sampled_from(["a", "b", "c", "dd", "é", "字", "😀", "a" * 16])
@@ -66,6 +73,50 @@ tag_filters = mostly(
     good_names | st.tuples(good_names, st.sampled_from(["", "v", "w"])), ["", ("g",), ("g", 5), ["g", "v"]]
 )
 filters = st.fixed_dictionaries({}, optional={"group": names, "user": names, "tag": tag_filters, "status": statuses})
+
+
+def several(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """One of *values*, or some of them, in all ways that filters allow and in one that they do not."""
+    some = st.lists(values, max_size=2)
+    return mostly(st.none() | values | some | some.map(_hashed), [(), ("g", "v", "w"), {"g": "v"}])
+
+
+def _hashed(values: list[Any]) -> Any:
+    """A set, unless there is something in it that is equal to something else of another type, or cannot be hashed."""
+    return frozenset(values) if all(isinstance(each, str | ConnectionStatus) for each in values) else values
+
+
+many_filters = st.fixed_dictionaries(
+    {},
+    optional={
+        "group": several(names),
+        "user": user_ids,
+        "tag": several(tag_filters),
+        "status": st.none() | statuses,
+        "device_type": user_ids,
+        "not_group": several(names),
+        "not_user": several(names),
+        "not_tag": several(tag_filters),
+        "not_status": several(statuses),
+        "not_device_type": several(names),
+    },
+)
+metadata_keys = mostly(
+    st.sampled_from(["k", "l", "é", "v.odd", "v.even", "k" * 8]), ["", "k" * 9, "é" * 5, "k" * 12, "\ud800", 5, None]
+)
+metadata_values = mostly(
+    st.integers(0, 5) | st.sampled_from(["", "x" * 8, "x" * 20, [1, "x"], None]),
+    ["x" * 21, [["x"] * 20], MISSING, _nested(33), {"k": 2**160}],
+)
+metadata_changes = mostly(
+    st.dictionaries(metadata_keys, metadata_values | st.just(MISSING), max_size=3), [[("k", 1)], 5]
+)
+good_changes = st.dictionaries(
+    st.sampled_from(["k", "l", "é", "v.odd", "v.even"]),
+    st.integers(1, 5) | st.just("x" * 8) | st.just(MISSING),
+    max_size=3,
+)
+conditions = mostly(st.none() | st.integers(0, 4), [-1, True, 2**70, "0", 1.0])
 records = mostly(st.integers(0, 4), [FOREIGN])
 
 OPTIONAL_FIELDS: dict[str, st.SearchStrategy[Any]] = {
@@ -88,6 +139,21 @@ ASSIGNED: dict[str, st.SearchStrategy[Any]] = {
 assignments = st.sampled_from(list(ASSIGNED)).flatmap(lambda name: st.tuples(st.just(name), ASSIGNED[name]))
 
 
+def _be_odd(key: str, value: Any) -> None:
+    if value % 2 == 0:  # which is a TypeError for some
+        raise ValueError(f"{value!r} is even")
+
+
+def _halve(key: str, value: Any) -> Any:
+    return value // 2
+
+
+def _refuse_zero(key: str, value: Any) -> Any:
+    if value == 0:
+        raise ValueError
+    return MISSING if value == "" else None
+
+
 class Side:
     """One implementation with its registry. Records are told apart by handles, which are the same on all sides."""
 
@@ -98,6 +164,20 @@ class Side:
         self.other = impl.Registry(1, **settings)
         self.records: dict[int, Any] = {FOREIGN: self.other.add("foreign")}
         self.handles: dict[Any, int] = {self.records[FOREIGN]: FOREIGN}
+        self.heard: list[Any] = []
+        self.metadata = impl.Metadata(
+            self.registry,
+            max_key_bytes=8,
+            max_value_bytes=20,
+            max_keys=3,
+            max_bytes=60,
+            max_cascade=2,
+            publish=self.hear_many,
+        )
+        self.metadata.add_validator(_be_odd, key="v.odd")
+        self.metadata.add_validator(_halve, prefix="v.", is_last_word=True)
+        self.metadata.add_validator(_refuse_zero)
+        self.metadata.add_notifier(self.hear)
 
     def keep(self, record: Any) -> Any:
         """Give a new record the next handle."""
@@ -106,8 +186,24 @@ class Side:
         self.handles[record] = handle
         return record
 
+    def hear(self, change: Any) -> None:
+        """Note what is announced; odd values are answered, also answers."""
+        self.heard.append(
+            (self.handles[change.conn], change.client_id, change.key, change.old, change.new, change.version)
+        )
+        if change.new in (1, 3, 5):
+            self.metadata.set(change.conn, "l", change.new)
+
+    def hear_many(self, changes: Any) -> None:
+        self.heard.append((self.handles[changes[0].conn], [(change.key, change.version) for change in changes]))
+
     def plain(self, value: Any) -> Any:
         """*value* with its records as handles."""
+        if isinstance(value, UpdateReport):
+            rejected = [(self.handles[record], error.problems) for record, error in value.rejected]
+            return value.changed, sorted(rejected)
+        if isinstance(value, Snapshot):
+            return value.version, dict(value.metadata)
         if isinstance(value, list):
             return [self.plain(each) for each in value]
         return f"record {self.handles[value]}" if isinstance(value, self.impl.ConnectionMeta) else value
@@ -118,6 +214,11 @@ class Side:
         except Exception as error:
             value = error.value if isinstance(error, InvalidSetting) else None
             return "raised", type(error), str(error), [repr(each) for each in error.args], type(value)
+
+    def news(self) -> list[Any]:
+        """What was announced since the last time, connection by connection: which of them comes first is open."""
+        heard, self.heard = self.heard, []
+        return sorted(heard, key=lambda each: each[0])
 
     def attached(self) -> set[int]:
         return {self.handles[record] for record in self.registry.values()}
@@ -313,6 +414,83 @@ class Comparison(RuleBasedStateMachine):
             return made
 
         self.same(limited)
+
+    @rule(filters=many_filters)
+    def select(self, filters: dict[str, Any]) -> None:
+        def summary(side: Side) -> Any:
+            found = sorted(side.plain(side.registry.select(**filters)))
+            walked = [record for batch in side.registry.batches(2, **filters) for record in batch]
+            assert sorted(side.plain(walked)) == found
+            return found
+
+        self.same(summary)
+
+    def same_of_metadata(self, call: Callable[[Side], Any]) -> None:
+        """The same outcome and the same announcements, which are over when the call is."""
+        outcome = self.same(call)
+        news = [side.news() for side in self.sides]
+        stats = [side.metadata.stats() for side in self.sides]
+        for side, each, counts in zip(self.sides, news, stats, strict=True):
+            assert each == news[-1], f"{side.impl.name} announced something else"
+            assert counts == stats[-1], f"{side.impl.name} counted something else"
+        assert outcome[0] == "returned" or news[-1] == []
+
+    def named(self, side: Side, whom: Any) -> Any:
+        """A record for the pick of one; anything else as it is."""
+        return side.records[self.handle(whom)] if isinstance(whom, int) else whom
+
+    @rule(whom=records | good_ids, key=metadata_keys)
+    def look_up_metadata(self, whom: Any, key: Any) -> None:
+        self.same(lambda side: side.metadata.get(self.named(side, whom), key, "default"))
+        self.same(lambda side: side.metadata.snapshot(self.named(side, whom)))
+
+    @rule(whom=records | ids, key=metadata_keys, value=metadata_values, if_version=conditions)
+    def set_metadata(self, whom: Any, key: Any, value: Any, if_version: Any) -> None:
+        self.same_of_metadata(lambda side: side.metadata.set(self.named(side, whom), key, value, if_version=if_version))
+
+    @rule(
+        whom=records | good_ids,
+        method=st.sampled_from(["update", "replace"]),
+        changes=metadata_changes,
+        if_version=conditions,
+    )
+    def change_metadata(self, whom: Any, method: str, changes: Any, if_version: Any) -> None:
+        self.same_of_metadata(
+            lambda side: getattr(side.metadata, method)(self.named(side, whom), changes, if_version=if_version)
+        )
+
+    @precondition(lambda self: self.sides and len(self.sides[0].registry))
+    @rule(
+        pick=st.integers(0, 7),
+        method=st.sampled_from(["update", "update", "replace"]),
+        changes=good_changes,
+        behind=st.sampled_from([None, None, 0, 1]),
+    )
+    def change_metadata_of_one_that_is_there(self, pick: int, method: str, changes: Any, behind: int | None) -> None:
+        present = sorted(self.sides[0].registry)
+        whom = present[pick % len(present)]
+        if_version = None if behind is None else self.sides[0].registry[whom].version - behind
+        self.same_of_metadata(lambda side: getattr(side.metadata, method)(whom, changes, if_version=if_version))
+
+    @rule(whom=records | good_ids, key=metadata_keys, if_version=conditions)
+    def delete_metadata(self, whom: Any, key: Any, if_version: Any) -> None:
+        self.same_of_metadata(lambda side: side.metadata.delete(self.named(side, whom), key, if_version=if_version))
+
+    @rule(changes=metadata_changes, filters=many_filters)
+    def change_metadata_of_all(self, changes: Any, filters: dict[str, Any]) -> None:
+        self.same_of_metadata(lambda side: side.metadata.update_where(changes, **filters))
+
+    @rule(changes=metadata_changes, whom=mostly(st.lists(records | ids, max_size=4), ["a", 5, [1.5]]))
+    def change_metadata_of_some(self, changes: Any, whom: Any) -> None:
+        def change(side: Side) -> Any:
+            to = [self.named(side, each) for each in whom] if isinstance(whom, list) else whom
+            return side.metadata.update_where(changes, to=to)
+
+        self.same_of_metadata(change)
+
+    @rule(metadata=st.none() | metadata_changes)
+    def check_metadata(self, metadata: Any) -> None:
+        self.same_of_metadata(lambda side: side.metadata.check(metadata))
 
     @precondition(lambda self: len(self.walks) < 3)
     @rule(

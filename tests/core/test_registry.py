@@ -15,7 +15,7 @@ import pytest
 import wsfast.errors
 from tests.conftest import FakeClock, Implementation
 from tests.core.state import SHARD_COUNTERS, assert_consistent, ids, registry_state
-from wsfast.connection import ConnectionStatus
+from wsfast.connection import ConnectionStatus, Filters
 from wsfast.errors import DetachedRecord, DuplicateConnection, ForeignRecord, UnknownConnection
 
 STUB = Path(wsfast.errors.__file__).with_name("_core.pyi")
@@ -42,6 +42,9 @@ def test_parameters_are_those_of_the_stub(impl: Implementation) -> None:
         if owner not in ("Registry", "ConnectionMeta") or method.name.startswith("_") or method.decorator_list:
             continue
         expected = [argument.arg for argument in (*method.args.args, *method.args.kwonlyargs)]
+        if method.args.kwarg is not None:
+            assert ast.unparse(method.args.kwarg) == "filters: Unpack[Filters]"
+            expected += Filters.__annotations__
         signature = inspect.signature(getattr(getattr(impl, owner), method.name))
         assert list(signature.parameters) == expected, f"{owner}.{method.name}"
         compared += 1

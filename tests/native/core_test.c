@@ -114,13 +114,13 @@ static bool has_no_tags(const tag_choice *tags)
     return true;
 }
 
-enum { MOST_GROUPS = 4096, NOBODY = -1, STATUSES = 4 };
+enum { MOST_GROUPS = 4096, NOBODY = -1, DEVICE_TYPES = 5 };
 
 typedef struct connection {
     PyObject head;
     wsf_record r;
     /* The model, which only tests with one thread use. */
-    int32_t id, user;
+    int32_t id, user, device_type; /* NOBODY: none */
     bool attached, in_index; /* the latter is false once it was forgotten */
     tag_choice tags;
     uint64_t groups[MOST_GROUPS / 64];
@@ -159,7 +159,7 @@ static connection *make_connection(wsf_core *core, PyObject *client_id, int64_t 
     uint32_t fnv1a;
     int64_t utf8_bytes;
     shim_object_init(&made->head, &connection_type);
-    made->r.slot = WSF_NO_SLOT;
+    made->r.place = WSF_NO_PLACE;
     SHIM_REQUIRE(wsf_text_fnv1a(client_id, &fnv1a, &utf8_bytes) == 0);
     made->r.client_id = Py_NewRef(client_id);
     made->r.shard = &core->shards[wsf_route(fnv1a, core->shard_count - 1)];
@@ -397,11 +397,21 @@ typedef struct {
     uint32_t shards, ids, users, groups, steps, check_every, faults_one_in, max_groups;
 } scale;
 
+static uint8_t any_status(chance *random) { return (uint8_t)below(random, WSF_STATUSES); }
+
+/* One, several, all or none. */
+static uint32_t some_statuses(chance *random)
+{
+    return one_in(random, 3)   ? UINT32_C(1) << any_status(random)
+           : one_in(random, 3) ? WSF_ANY_STATUS
+                               : below(random, WSF_ANY_STATUS + 1);
+}
+
 typedef struct {
     chance random;
     const scale *size;
-    names ids, users, groups, keys, values;
-    PyObject *surrogate; /* no UTF-8 form, so nobody's id */
+    names ids, users, groups, keys, values, device_types;
+    PyObject *surrogate; /* no UTF-8 form, so nobody's id, and no other name either */
     PyObject *settings;
     wsf_core *core;
     connection **by_id;
@@ -480,6 +490,9 @@ static void check_connection(world *w, connection *c)
     CHECK((tags == NULL) == has_no_tags(&c->tags));
     CHECK(tags == NULL || memcmp(&((mapping *)tags)->tags, &c->tags, sizeof c->tags) == 0);
     Py_XDECREF(tags);
+    PyObject *device_type = wsf_index_device_type_of(index, &c->r);
+    CHECK(device_type == NULL ? c->device_type == NOBODY : (int32_t)number_of(device_type) == c->device_type);
+    Py_XDECREF(device_type);
     check_groups_of(w, c);
 }
 
@@ -517,11 +530,15 @@ static void check_index_figures(world *w)
     release_list(found, count);
     PyMem_Free(sizes);
     bool *used = must_alloc(w->size->users + 1, sizeof *used), tag_used[TAG_KEYS][TAG_VALUES] = {{false}};
+    bool device_type_used[DEVICE_TYPES] = {false};
+    uint32_t device_types = w->core->index.device_types.used;
     for (uint32_t i = 0; i < w->size->ids; i++) {
         if (w->by_id[i] == NULL)
             continue;
         if (w->by_id[i]->user != NOBODY)
             used[w->by_id[i]->user] = true;
+        if (w->by_id[i]->device_type != NOBODY)
+            device_type_used[w->by_id[i]->device_type] = true;
         for (int key = 0; key < TAG_KEYS; key++)
             if (w->by_id[i]->tags.value[key] != NO_TAG)
                 tag_used[key][w->by_id[i]->tags.value[key]] = true;
@@ -530,7 +547,9 @@ static void check_index_figures(world *w)
         users -= used[i];
     for (int i = 0; i < TAG_KEYS * TAG_VALUES; i++)
         tags -= tag_used[i / TAG_VALUES][i % TAG_VALUES];
-    CHECK(users == 0 && tags == 0);
+    for (uint32_t i = 0; i < DEVICE_TYPES; i++)
+        device_types -= device_type_used[i];
+    CHECK(users == 0 && tags == 0 && device_types == 0);
     free(used);
 }
 
@@ -607,7 +626,10 @@ static int64_t some_time(world *w) { return (int64_t)below(&w->random, 60); }
 static void op_join(world *w);
 static void op_set_user(world *w);
 static void op_set_tags(world *w);
+static void op_set_device_type(world *w);
 static void op_select(world *w);
+static void op_select_all(world *w);
+static void op_keep(world *w);
 static void op_leave(world *w);
 
 /* The caller has taken it out of the core and owns the reference. */
@@ -629,8 +651,9 @@ static void finish(world *w, connection *c, wsf_trash *trash)
     if (!outer && one_in(&w->random, 4)) {
         w->in_limbo = true;
         for (uint32_t i = below(&w->random, 6); i > 0; i--) {
-            static void (*const meanwhile[])(world *) = {op_join, op_set_user, op_set_tags, op_select, op_leave};
-            meanwhile[below(&w->random, 5)](w);
+            static void (*const meanwhile[])(world *) = {op_join,   op_set_user,   op_set_tags, op_set_device_type,
+                                                         op_select, op_select_all, op_keep,     op_leave};
+            meanwhile[below(&w->random, 8)](w);
         }
         w->in_limbo = false;
     }
@@ -652,11 +675,11 @@ static connection *new_connection(world *w, uint32_t id)
 {
     connection *c = make_connection(w->core, either(&w->random, &w->ids, id), some_time(w));
     c->id = (int32_t)id;
-    c->user = NOBODY;
+    c->user = c->device_type = NOBODY;
     memset(&c->tags, NO_TAG, sizeof c->tags);
     c->deadline_ns = WSF_NEVER;
     c->active_ns = c->r.created_ns;
-    c->status = (int)below(&w->random, STATUSES);
+    c->status = any_status(&w->random);
     if (one_in(&w->random, 2))
         c->conn = c->r.conn = make_thing();
     for (int field = 0; field < WSF_OBJECT_FIELDS; field++)
@@ -812,43 +835,87 @@ static void op_set_user(world *w)
         c->user = user;
 }
 
-/* Whether the index has these tags already, so that it needs no mapping for them. Not asked in limbo. */
-static bool tags_are_known(world *w, const tag_choice *tags)
+/* Whether the index has these tags with this device type already, so that it needs no mapping. Not asked in limbo. */
+static bool tags_are_known(world *w, const tag_choice *tags, int32_t device_type)
 {
-    for (uint32_t i = 0; i < w->size->ids; i++)
-        if (w->by_id[i] != NULL && memcmp(&w->by_id[i]->tags, tags, sizeof *tags) == 0)
+    for (uint32_t i = 0; i < w->size->ids; i++) {
+        const connection *c = w->by_id[i];
+        if (c != NULL && c->device_type == device_type && memcmp(&c->tags, tags, sizeof *tags) == 0)
             return true;
+    }
     return has_no_tags(tags);
 }
 
-static void op_set_tags(world *w)
+static int32_t some_device_type(world *w) { return (int32_t)below(&w->random, DEVICE_TYPES + 1) - 1; }
+
+static PyObject *device_type_name(world *w, int32_t device_type)
+{
+    return device_type == NOBODY ? NULL : either(&w->random, &w->device_types, (uint32_t)device_type);
+}
+
+static int call_set_tags(world *w, connection *c, const wsf_tag_names *tags, bool with_device_type,
+                         PyObject *device_type, wsf_trash *trash)
+{
+    if (with_device_type)
+        return wsf_index_set_tags_and_device_type(&w->core->index, &c->r, tags, device_type, trash);
+    return wsf_index_set_tags(&w->core->index, &c->r, tags, trash);
+}
+
+static void set_tags(world *w, bool with_device_type)
 {
     connection *c = someone(w);
     tag_choice tags = choose_tags(&w->random);
-    PyObject *keys[TAG_KEYS], *values[TAG_KEYS], *made = NULL;
+    PyObject *keys[TAG_KEYS], *values[TAG_KEYS];
     if (c == NULL)
         return;
-    uint32_t count = spell_tags(&w->random, &w->keys, &w->values, &tags, keys, values);
-    wsf_index *index = &w->core->index;
+    int32_t device_type = with_device_type ? some_device_type(w) : c->device_type;
+    PyObject *name = device_type_name(w, device_type);
+    wsf_tag_names spelt = {keys, values, 0, NULL};
+    spelt.count = spell_tags(&w->random, &w->keys, &w->values, &tags, keys, values);
     wsf_trash trash;
     int outcome = WSF_NEEDS_MAPPING;
     wsf_trash_init(&trash);
     if (!one_in(&w->random, 4)) {
-        WITH_FAULTS(w, outcome, wsf_index_set_tags(index, &c->r, keys, values, count, NULL, &trash));
+        WITH_FAULTS(w, outcome, call_set_tags(w, c, &spelt, with_device_type, name, &trash));
         if (c->attached && !w->in_limbo && outcome != WSF_NO_MEMORY)
-            CHECK(outcome == (tags_are_known(w, &tags) ? WSF_OK : WSF_NEEDS_MAPPING));
+            CHECK(outcome == (tags_are_known(w, &tags, device_type) ? WSF_OK : WSF_NEEDS_MAPPING));
     }
     if (outcome == WSF_NEEDS_MAPPING) {
-        made = make_mapping(&tags);
-        WITH_FAULTS(w, outcome, wsf_index_set_tags(index, &c->r, keys, values, count, made, &trash));
+        spelt.mapping = make_mapping(&tags);
+        WITH_FAULTS(w, outcome, call_set_tags(w, c, &spelt, with_device_type, name, &trash));
     }
     wsf_trash_release(&trash);
-    Py_XDECREF(made);
+    Py_XDECREF(spelt.mapping);
+    if (outcome == WSF_NO_MEMORY)
+        return;
+    CHECK(outcome == (c->attached ? WSF_OK : WSF_DETACHED));
+    if (c->attached) {
+        c->tags = tags;
+        c->device_type = device_type;
+    }
+}
+
+static void op_set_tags(world *w) { set_tags(w, false); }
+
+static void op_set_tags_and_device_type(world *w) { set_tags(w, true); }
+
+static void op_set_device_type(world *w)
+{
+    connection *c = someone(w);
+    if (c == NULL)
+        return;
+    int32_t device_type = some_device_type(w);
+    PyObject *name = device_type_name(w, device_type);
+    wsf_trash trash;
+    int outcome;
+    wsf_trash_init(&trash);
+    WITH_FAULTS(w, outcome, wsf_index_set_device_type(&w->core->index, &c->r, name, &trash));
+    wsf_trash_release(&trash);
     if (outcome == WSF_NO_MEMORY)
         return;
     CHECK(outcome == (c->attached ? WSF_OK : WSF_DETACHED));
     if (c->attached)
-        c->tags = tags;
+        c->device_type = device_type;
 }
 
 static void op_set_deadline(world *w)
@@ -867,10 +934,10 @@ static void op_set_status(world *w)
     connection *c = someone(w);
     if (c == NULL)
         return;
-    int status = (int)below(&w->random, STATUSES);
-    CHECK(wsf_record_set_status(&c->r, (uint8_t)status) == c->attached);
+    uint8_t status = any_status(&w->random);
+    CHECK(wsf_record_set_status(&c->r, status) == c->attached);
     if (c->attached) {
-        c->resident = false;
+        c->resident = c->resident && status == c->status;
         c->status = status;
     }
 }
@@ -933,41 +1000,158 @@ static void op_swap_field(world *w)
     Py_XDECREF(old);
 }
 
-static bool selected(const connection *c, int32_t group, int32_t user, int32_t key, int32_t value)
+/* ---- filters */
+
+enum { MOST_TERMS = 12 }; /* more than lie on the stack of the index */
+
+/* A term as the model understands it. Numbers are NOBODY for a name that nobody has. */
+typedef struct {
+    int kind;
+    bool negated;
+    int32_t name, value;
+} choice;
+
+typedef struct {
+    choice terms[MOST_TERMS];
+    wsf_term spelt[MOST_TERMS];
+    uint32_t count;
+} filter;
+
+static bool term_holds(const connection *c, const choice *term)
 {
-    return (group < 0 || in_group(c, (uint32_t)group)) && (user < 0 || c->user == user) &&
-           (key < 0 || (c->tags.value[key] != NO_TAG && (value < 0 || c->tags.value[key] == value)));
+    if (term->name == NOBODY || (term->kind == WSF_HAS_TAG && term->value == NOBODY))
+        return false;
+    switch (term->kind) {
+    case WSF_IN_GROUP: return in_group(c, (uint32_t)term->name);
+    case WSF_OF_USER: return c->user == term->name;
+    case WSF_HAS_TAG: return c->tags.value[term->name] == term->value;
+    case WSF_HAS_TAG_KEY: return c->tags.value[term->name] != NO_TAG;
+    default: return c->device_type == term->name;
+    }
 }
 
-/* A filter of a query: mostly not asked for. */
-static int32_t maybe(world *w, uint32_t bound) { return one_in(&w->random, 2) ? -1 : (int32_t)below(&w->random, bound); }
-
-static void op_select(world *w)
+static bool selected(const connection *c, const filter *wanted)
 {
-    int32_t group = maybe(w, w->size->groups), user = maybe(w, w->size->users), key = maybe(w, 6);
-    int32_t value = key < 0 ? -1 : maybe(w, TAG_VALUES);
-    if (group < 0 && user < 0 && key < 0)
-        return;
-    const wsf_query query = {
-        group < 0 ? NULL : either(&w->random, &w->groups, (uint32_t)group),
-        user < 0 ? NULL : either(&w->random, &w->users, (uint32_t)user),
-        key < 0 ? NULL : either(&w->random, &w->keys, (uint32_t)key),
-        value < 0 ? NULL : either(&w->random, &w->values, (uint32_t)value),
-    };
-    PyObject **found;
-    int64_t count, expected = 0;
-    WITH_FAULTS(w, count, wsf_index_select(&w->core->index, &query, &found));
-    if (count == WSF_NO_MEMORY)
-        return;
+    for (uint32_t i = 0; i < wanted->count; i++)
+        if (term_holds(c, &wanted->terms[i]) == wanted->terms[i].negated)
+            return false;
+    return c->attached;
+}
+
+static bool has_status(const connection *c, uint32_t statuses) { return statuses >> c->status & 1; }
+
+static PyObject *spell(world *w, const names *from, int32_t number)
+{
+    return number == NOBODY ? w->surrogate : either(&w->random, from, (uint32_t)number);
+}
+
+/* Names of those in use at the start of each kind are chosen more often, so that filters find something. */
+static int32_t some_name(world *w, uint32_t bound)
+{
+    return one_in(&w->random, 12) ? NOBODY : (int32_t)below(&w->random, one_in(&w->random, 2) && bound > 3 ? 3 : bound);
+}
+
+static void add_term(world *w, filter *wanted)
+{
+    const uint32_t bounds[] = {w->size->groups, w->size->users, 6, 6, DEVICE_TYPES};
+    const names *kinds[] = {&w->groups, &w->users, &w->keys, &w->keys, &w->device_types};
+    choice term = {(int)below(&w->random, 5), one_in(&w->random, 2), 0, 0};
+    term.name = some_name(w, bounds[term.kind]);
+    term.value = some_name(w, TAG_VALUES);
+    wanted->terms[wanted->count] = term;
+    wanted->spelt[wanted->count++] =
+        (wsf_term){term.kind, term.negated, spell(w, kinds[term.kind], term.name),
+                   term.kind == WSF_HAS_TAG ? spell(w, &w->values, term.value) : NULL};
+}
+
+static filter some_filter(world *w)
+{
+    filter wanted = {.count = 0};
+    for (uint32_t i = one_in(&w->random, 8) ? MOST_TERMS : below(&w->random, 5); i > 0; i--)
+        add_term(w, &wanted);
+    return wanted;
+}
+
+/* Members of the smallest set that a term names; UINT64_MAX: none does. */
+static uint64_t smallest_set(const world *w, const filter *wanted)
+{
+    uint64_t least = UINT64_MAX;
+    for (uint32_t i = 0; i < wanted->count; i++) {
+        uint64_t size = 0;
+        for (uint32_t id = 0; id < w->size->ids; id++)
+            size += w->by_id[id] != NULL && term_holds(w->by_id[id], &wanted->terms[i]);
+        least = !wanted->terms[i].negated && size < least ? size : least;
+    }
+    return least;
+}
+
+static void check_selection(world *w, const filter *wanted, uint32_t statuses, PyObject **found, int64_t count)
+{
+    int64_t expected = 0;
     for (uint32_t i = 0; i < w->size->ids; i++)
-        expected += w->by_id[i] != NULL && selected(w->by_id[i], group, user, key, value);
+        expected += w->by_id[i] != NULL && selected(w->by_id[i], wanted) && has_status(w->by_id[i], statuses);
     CHECK(count == expected);
     for (int64_t i = 0; i < count; i++) {
         connection *c = as_connection(found[i]);
-        CHECK(c->attached && selected(c, group, user, key, value));
+        CHECK(selected(c, wanted) && has_status(c, statuses));
         CHECK(shim_references(found[i]) == 2); /* and no other in this list */
     }
     release_list(found, count);
+}
+
+static void op_select(world *w)
+{
+    const filter wanted = some_filter(w);
+    const uint64_t most = one_in(&w->random, 2) ? UINT64_MAX : below(&w->random, 12), least = smallest_set(w, &wanted);
+    PyObject **found;
+    int64_t count;
+    WITH_FAULTS(w, count, wsf_index_select(&w->core->index, wanted.spelt, wanted.count, most, &found));
+    if (count == WSF_NO_MEMORY)
+        return;
+    if (!w->in_limbo) /* else there may be detached ones in the sets */
+        CHECK((count == WSF_TOO_MANY) == (least == UINT64_MAX || least > most));
+    if (count != WSF_TOO_MANY)
+        check_selection(w, &wanted, WSF_ANY_STATUS, found, count);
+}
+
+static void op_select_all(world *w)
+{
+    const filter wanted = some_filter(w);
+    const uint32_t statuses = some_statuses(&w->random);
+    PyObject **found;
+    int64_t count;
+    WITH_FAULTS(w, count, wsf_core_select(w->core, wanted.spelt, wanted.count, statuses, &found));
+    if (count != WSF_NO_MEMORY)
+        check_selection(w, &wanted, statuses, found, count);
+}
+
+static void op_keep(world *w)
+{
+    enum { MANY = 40 };
+    const filter wanted = some_filter(w);
+    connection *offered[MANY];
+    PyObject *objects[MANY];
+    size_t n = 0, at = 0;
+    for (uint32_t tries = below(&w->random, MANY); tries > 0; tries--)
+        if ((offered[n] = someone(w)) != NULL)
+            n++;
+    for (size_t i = 0; i < n; i++)
+        objects[i] = Py_NewRef(&offered[i]->head);
+    int64_t kept;
+    inject_fault(one_in(&w->random, 4), false);
+    kept = wsf_index_keep(&w->core->index, wanted.spelt, wanted.count, objects, n);
+    if (end_faults()) {
+        CHECK(kept == WSF_NO_MEMORY && wanted.count > 8);
+        for (size_t i = 0; i < n; i++)
+            CHECK(objects[i] == &offered[i]->head);
+    } else {
+        for (size_t i = 0; i < n; i++)
+            if (selected(offered[i], &wanted))
+                CHECK((int64_t)at < kept && objects[at++] == &offered[i]->head);
+        CHECK((int64_t)at == kept);
+    }
+    for (size_t i = 0; i < n; i++)
+        Py_DECREF(objects[i]); /* the wrong ones would show in the counts of references */
 }
 
 static int by_value(const void *left, const void *right)
@@ -1054,7 +1238,7 @@ static void op_walk(world *w)
 {
     if (w->walking || w->in_limbo)
         return;
-    const int status = one_in(&w->random, 2) ? WSF_ANY_STATUS : (int)below(&w->random, STATUSES);
+    const uint32_t statuses = one_in(&w->random, 2) ? WSF_ANY_STATUS : some_statuses(&w->random);
     const size_t room = 1 + below(&w->random, one_in(&w->random, 2) ? 4 : 100);
     PyObject *found[100];
     wsf_cursor cursor = {0, 0};
@@ -1062,10 +1246,10 @@ static void op_walk(world *w)
     for (uint32_t i = 0; i < w->size->ids; i++)
         if (w->by_id[i] != NULL)
             w->by_id[i]->resident = true, w->by_id[i]->seen = 0;
-    for (size_t count; (count = wsf_core_collect(w->core, &cursor, status, found, room)) != 0;) {
+    for (size_t count; (count = wsf_core_collect(w->core, &cursor, statuses, found, room)) != 0;) {
         for (size_t i = 0; i < count; i++) {
             connection *c = as_connection(found[i]);
-            CHECK(c->attached && c->seen++ == 0 && (status == WSF_ANY_STATUS || c->status == status));
+            CHECK(c->attached && c->seen++ == 0 && has_status(c, statuses));
             Py_DECREF(found[i]);
         }
         for (uint32_t i = below(&w->random, 8); i > 0; i--)
@@ -1074,9 +1258,26 @@ static void op_walk(world *w)
     for (uint32_t i = 0; i < w->size->ids; i++) {
         const connection *c = w->by_id[i];
         if (c != NULL && c->resident)
-            CHECK(c->seen == (status == WSF_ANY_STATUS || c->status == status));
+            CHECK(c->seen == has_status(c, statuses));
     }
     w->walking = false;
+}
+
+/* Everybody gets one status, and perhaps some another: what blocks may have is far from what they have. */
+static void op_many_statuses(world *w)
+{
+    if (!one_in(&w->random, 10))
+        return;
+    const uint8_t status = any_status(&w->random), other = any_status(&w->random);
+    for (uint32_t i = 0; i < w->size->ids; i++) {
+        connection *c = w->by_id[i];
+        if (c == NULL)
+            continue;
+        uint8_t its = one_in(&w->random, 50) ? other : status;
+        CHECK(wsf_record_set_status(&c->r, its));
+        c->resident = c->resident && its == c->status;
+        c->status = its;
+    }
 }
 
 static void op_fill_or_clear(world *w)
@@ -1099,7 +1300,8 @@ static void random_step(world *w)
         op_join,      op_join,       op_leave,    op_leave,   op_set_user,  op_set_user,      op_set_tags,
         op_set_tags,  op_select,     op_select,   op_due,     op_get_many,  op_get,           op_set_deadline,
         op_set_status, op_count,     op_count,    op_swap_field, op_walk,   op_release_held,  op_many_groups,
-        op_set_deadline, op_fill_or_clear,
+        op_set_deadline, op_fill_or_clear, op_set_device_type, op_set_device_type, op_set_tags_and_device_type,
+        op_select_all, op_select_all, op_keep,    op_many_statuses, op_set_status,
     };
     operations[below(&w->random, sizeof operations / sizeof *operations)](w);
 }
@@ -1114,6 +1316,7 @@ static void open_world(world *w, const scale *size, uint64_t seed)
     w->groups = make_names('g', size->groups);
     w->keys = make_names('k', TAG_KEYS);
     w->values = make_names('v', TAG_VALUES);
+    w->device_types = make_names('d', DEVICE_TYPES);
     w->surrogate = shim_text_new((const uint32_t[]){'s', 0xD800}, 2, -1);
     (void)PyObject_Hash(w->surrogate);
     w->settings = make_thing();
@@ -1151,6 +1354,7 @@ static void close_world(world *w)
     free_names(&w->groups);
     free_names(&w->keys);
     free_names(&w->values);
+    free_names(&w->device_types);
     free(w->by_id);
     check_nothing_lives();
 }
@@ -1256,7 +1460,7 @@ enum { WORKERS = 4, SHARED_IDS = 64, RESIDENTS = 4, SHARED_USERS = 40, SHARED_GR
 
 typedef struct {
     wsf_core *core;
-    names ids, users, groups, keys, values;
+    names ids, users, groups, keys, values, device_types;
     connection *residents[RESIDENTS];
     pthread_barrier_t start;
     uint32_t steps;
@@ -1303,13 +1507,26 @@ static void thread_set_tags(worker *me, connection *c)
     PyObject *keys[TAG_KEYS], *values[TAG_KEYS];
     wsf_trash trash;
     wsf_trash_init(&trash);
-    uint32_t count = spell_tags(&me->random, &shared->keys, &shared->values, &tags, keys, values);
-    int outcome = wsf_index_set_tags(&shared->core->index, &c->r, keys, values, count, NULL, &trash);
+    wsf_index *index = &shared->core->index;
+    wsf_tag_names spelt = {keys, values, 0, NULL};
+    spelt.count = spell_tags(&me->random, &shared->keys, &shared->values, &tags, keys, values);
+    int outcome = wsf_index_set_tags(index, &c->r, &spelt, &trash);
     if (outcome == WSF_NEEDS_MAPPING) {
-        PyObject *made = make_mapping(&tags);
-        outcome = wsf_index_set_tags(&shared->core->index, &c->r, keys, values, count, made, &trash);
-        Py_DECREF(made);
+        spelt.mapping = make_mapping(&tags);
+        outcome = wsf_index_set_tags_and_device_type(index, &c->r, &spelt, shared->device_types.one[0], &trash);
+        Py_DECREF(spelt.mapping);
     }
+    wsf_trash_release(&trash);
+    CHECK(outcome == WSF_OK || outcome == WSF_DETACHED || (outcome == WSF_NO_MEMORY && me->lacks_memory));
+}
+
+static void thread_set_device_type(worker *me, connection *c)
+{
+    wsf_trash trash;
+    wsf_trash_init(&trash);
+    uint32_t number = below(&me->random, DEVICE_TYPES + 1);
+    PyObject *name = number == DEVICE_TYPES ? NULL : either(&me->random, &me->shared->device_types, number);
+    int outcome = wsf_index_set_device_type(&me->shared->core->index, &c->r, name, &trash);
     wsf_trash_release(&trash);
     CHECK(outcome == WSF_OK || outcome == WSF_DETACHED || (outcome == WSF_NO_MEMORY && me->lacks_memory));
 }
@@ -1374,7 +1591,7 @@ static void thread_change(worker *me, connection *c)
     PyObject *old = NULL, *value = make_thing(), **field = &c->r.objects[WSF_EXTRAS];
     wsf_record copy;
     (void)wsf_record_set_deadline(&c->r, (int64_t)below(&me->random, 100));
-    (void)wsf_record_set_status(&c->r, (uint8_t)below(&me->random, STATUSES));
+    (void)wsf_record_set_status(&c->r, any_status(&me->random));
     (void)wsf_record_set_quality(&c->r, 1, 2, 3);
     wsf_record_touch(&c->r, (int64_t)below(&me->random, 100), 1);
     wsf_record_sent(&c->r, 1, 2);
@@ -1398,6 +1615,7 @@ static void thread_read(worker *me, connection *c)
     Py_XDECREF(wsf_record_read_conn(&c->r));
     Py_XDECREF(wsf_index_user_of(index, &c->r));
     Py_XDECREF(wsf_index_tags_of(index, &c->r));
+    Py_XDECREF(wsf_index_device_type_of(index, &c->r));
     (void)wsf_record_status(&c->r);
     (void)wsf_record_deadline(&c->r);
     (void)wsf_record_active(&c->r);
@@ -1406,20 +1624,32 @@ static void thread_read(worker *me, connection *c)
     release_list(found, count);
 }
 
-static void thread_select(worker *me)
+static wsf_term thread_term(worker *me)
 {
     arena *shared = me->shared;
-    const bool by_group = one_in(&me->random, 2), by_user = one_in(&me->random, 2), by_tag = one_in(&me->random, 2);
-    wsf_query query = {
-        by_group ? either(&me->random, &shared->groups, below(&me->random, SHARED_GROUPS)) : NULL,
-        by_user || !by_group ? either(&me->random, &shared->users, below(&me->random, SHARED_USERS)) : NULL,
-        by_tag ? either(&me->random, &shared->keys, below(&me->random, 5)) : NULL,
-        by_tag && by_user ? either(&me->random, &shared->values, below(&me->random, TAG_VALUES)) : NULL,
-    };
+    const names *kinds[] = {&shared->groups, &shared->users, &shared->keys, &shared->keys, &shared->device_types};
+    const uint32_t bounds[] = {SHARED_GROUPS, SHARED_USERS, 5, 5, DEVICE_TYPES}, kind = below(&me->random, 5);
+    wsf_term term = {(int)kind, one_in(&me->random, 3), NULL, NULL};
+    term.name = either(&me->random, kinds[kind], below(&me->random, bounds[kind]));
+    if (term.kind == WSF_HAS_TAG)
+        term.value = either(&me->random, &shared->values, below(&me->random, TAG_VALUES));
+    return term;
+}
+
+/* As Registry.select, and then as a walk does with what it has collected. */
+static void thread_select(worker *me)
+{
+    wsf_term terms[3];
+    const uint32_t count = below(&me->random, 4);
     PyObject **found;
-    int64_t count = wsf_index_select(&shared->core->index, &query, &found);
-    CHECK(count <= SHARED_IDS && (count >= 0 || me->lacks_memory));
-    release_list(found, count);
+    for (uint32_t i = 0; i < count; i++)
+        terms[i] = thread_term(me);
+    int64_t selected = wsf_core_select(me->shared->core, terms, count, some_statuses(&me->random), &found);
+    CHECK(selected <= SHARED_IDS && (selected >= 0 || me->lacks_memory));
+    const wsf_term other = thread_term(me);
+    if (selected > 0)
+        CHECK(wsf_index_keep(&me->shared->core->index, &other, 1, found, (size_t)selected) <= selected);
+    release_list(found, selected);
 }
 
 static void thread_due(worker *me)
@@ -1496,7 +1726,8 @@ static void thread_step(worker *me)
 {
     static void (*const alone[])(worker *) = {thread_select, thread_due, thread_get_many, thread_walk, thread_figures};
     static void (*const with_one[])(worker *, connection *) = {
-        thread_detach, thread_join, thread_join, thread_leave, thread_set_user, thread_set_tags, thread_change, thread_read,
+        thread_detach,   thread_join,     thread_join,            thread_leave,  thread_set_user,
+        thread_set_tags, thread_set_tags, thread_set_device_type, thread_change, thread_read,
     };
     uint32_t what = below(&me->random, 20);
     if (what < 5) {
@@ -1512,7 +1743,7 @@ static void thread_step(worker *me)
         connection *c = thread_take(me);
         if (c == NULL)
             return;
-        with_one[below(&me->random, 8)](me, c);
+        with_one[below(&me->random, 10)](me, c);
         Py_DECREF(&c->head);
     }
 }
@@ -1543,6 +1774,7 @@ static void open_arena(arena *shared, uint32_t shards, uint32_t steps)
     shared->groups = make_names('g', SHARED_GROUPS);
     shared->keys = make_names('k', TAG_KEYS);
     shared->values = make_names('v', TAG_VALUES);
+    shared->device_types = make_names('d', DEVICE_TYPES);
     for (uint32_t i = 0; i < RESIDENTS; i++) {
         wsf_record *replaced;
         wsf_trash trash;
@@ -1574,6 +1806,7 @@ static void close_arena(arena *shared)
     free_names(&shared->groups);
     free_names(&shared->keys);
     free_names(&shared->values);
+    free_names(&shared->device_types);
     pthread_barrier_destroy(&shared->start);
     check_nothing_lives();
 }
