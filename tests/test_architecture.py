@@ -21,9 +21,12 @@ ROOT = Path(wsfast.__file__).parent
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "connection": {"errors"},
+    "schema": set(),
+    "metadata": {"errors", "_metadata"},
     "_core": {"errors", "connection"},
     "_fanout": {"errors", "_core"},
     "_health": {"connection", "_core"},
+    "_metadata": {"errors", "connection", "_core"},
     "reference": {"errors", "connection"},
     "events": {"errors"},
     "adapters": set(),
@@ -35,18 +38,20 @@ ALLOWED: dict[str, set[str]] = {
         "connection",
         "_core",
         "_health",
+        "_metadata",
         "reference",
         "adapters",
         "delivery",
         "events",
         "health",
         "heartbeat",
+        "metadata",
     },
     "adapters.websockets": {"errors", "adapters"},
     "hub": {"errors", "events", "adapters", "adapters.websockets", "delivery", "health", "manager"},
     "demo": {"errors", "hub"},
     "cli": {"", "errors"},
-    "__init__": {"errors", "connection", "_core", "events", "delivery", "manager", "health"},
+    "__init__": {"errors", "connection", "_core", "events", "delivery", "manager", "health", "metadata"},
     "__main__": {"cli"},
 }
 
@@ -59,9 +64,10 @@ THIRD_PARTY: dict[str, set[str]] = {
     "hub": {"websockets"},
     "demo": {"websockets", "rich"},
     "cli": {"click"},
+    "schema": {"msgspec"},
 }
 
-NATIVE = {"_core", "_fanout", "_health"}
+NATIVE = {"_core", "_fanout", "_health", "_metadata"}
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(ROOT.rglob("*.py"))
@@ -132,7 +138,7 @@ def test_the_stubs_of_the_core_import_what_the_core_may(name: str) -> None:
     assert "asyncio" not in visitor.found
 
 
-@pytest.mark.parametrize("name", [*NAMES, "wsfast._core", "wsfast._fanout", "wsfast._health"])
+@pytest.mark.parametrize("name", [*NAMES, *(f"wsfast.{name}" for name in sorted(NATIVE))])
 def test_each_module_can_be_imported_first(name: str) -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", f"import {name}"], check=True, cwd=ROOT.parent, timeout=60)
 
@@ -187,7 +193,10 @@ def test_the_public_names_are_these() -> None:
         "HealthPolicy",
         "LoopLate",
         "MessageConflated",
+        "MISSING",
         "MessagesDropped",
+        "MetadataChanged",
+        "MetadataLimits",
         "Quality",
         "Registry",
         "SendFailed",

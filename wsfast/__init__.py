@@ -19,7 +19,7 @@ contract in pure Python is ``wsfast.reference``.
 
 from wsfast import events
 from wsfast._core import ConnectionMeta, Registry, fnv1_32, fnv1a_32
-from wsfast.connection import ConnectionStatus, Quality
+from wsfast.connection import MISSING, ConnectionStatus, Quality
 from wsfast.delivery import Backpressure, BroadcastResult
 from wsfast.errors import (
     DetachedRecord,
@@ -30,12 +30,16 @@ from wsfast.errors import (
     LimitExceeded,
     ManagerClosed,
     MessageTooBig,
+    MetadataRejected,
     PeerClosed,
     PeerError,
     PeerFailed,
     PeerTooSlow,
+    PermissionDenied,
+    Problem,
     UnknownConnection,
     UsageError,
+    VersionConflict,
     WrongThread,
     WsfastError,
 )
@@ -50,12 +54,15 @@ from wsfast.events import (
     LoopLate,
     MessageConflated,
     MessagesDropped,
+    MetadataChanged,
     SendFailed,
 )
 from wsfast.health import Explanation, Grade, HealthPolicy
 from wsfast.manager import CloseReport, ConnectionManager, DrainPolicy
+from wsfast.metadata import MetadataLimits
 
 __all__ = [
+    "MISSING",
     "Backpressure",
     "BroadcastResult",
     "CloseReport",
@@ -84,15 +91,21 @@ __all__ = [
     "MessageConflated",
     "MessageTooBig",
     "MessagesDropped",
+    "MetadataChanged",
+    "MetadataLimits",
+    "MetadataRejected",
     "PeerClosed",
     "PeerError",
     "PeerFailed",
     "PeerTooSlow",
+    "PermissionDenied",
+    "Problem",
     "Quality",
     "Registry",
     "SendFailed",
     "UnknownConnection",
     "UsageError",
+    "VersionConflict",
     "WrongThread",
     "WsfastError",
     "__version__",

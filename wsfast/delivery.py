@@ -54,6 +54,7 @@ from wsfast.events import ConnectionTooSlow, MessageConflated, MessagesDropped, 
 if TYPE_CHECKING:
     from wsfast._core import ConnectionMeta, Registry
     from wsfast.adapters import Adapter, Framing
+    from wsfast.connection import Filters
     from wsfast.events import Cause, EventBus
 
     Excluded: TypeAlias = str | ConnectionMeta | Iterable[str | ConnectionMeta] | None
@@ -65,9 +66,6 @@ logger = logging.getLogger(__name__)
 Message = str | bytes | bytearray | memoryview
 """``str`` is a text frame, bytes-like a binary one."""
 
-Tag = str | tuple[str, str]
-"""A tag's key, for any value, or a pair of key and value."""
-
 Policy = Literal["keep", "drop_newest", "drop_oldest", "conflate", "disconnect"]
 
 TOO_SLOW = Closed(1013, "too slow: too much waited to be sent; connect again", "us")
@@ -76,9 +74,6 @@ TOO_SLOW = Closed(1013, "too slow: too much waited to be sent; connect again", "
 # How long a flush holds the loop at a time. A ping or a small request waits no longer than this for it.
 _SLICE_NS = 1_000_000
 _FOREVER_NS = 10**15
-
-# Records taken from the registry under one lock while the targets are listed.
-_BATCH = 1000
 
 # What may pile up before the loop's turn is over. Beyond it, each push is followed by a slice of flushing: a loop that
 # sends without ever waiting fills no memory.
@@ -386,72 +381,61 @@ class Delivery:
     async def broadcast(
         self,
         message: Message,
-        *,
-        group: str | None = None,
-        user: str | None = None,
-        tag: Tag | None = None,
-        to: Iterable[str | ConnectionMeta] | None = None,
-        exclude: Excluded = None,
-        key: str | None = None,
+        to: Iterable[str | ConnectionMeta] | None,
+        exclude: Excluded,
+        key: str | None,
+        filters: Filters,
     ) -> BroadcastResult:
         """Send to all who match, and wait until it has left for all who keep up."""
         started = perf_counter()
-        encoded = self._broadcast(message, group, user, tag, to, exclude, key, None)
+        encoded = self._broadcast(message, to, exclude, key, filters, None)
         await self._decided(encoded)
         return _result(encoded, started)
 
     def broadcast_nowait(
         self,
         message: Message,
-        *,
-        group: str | None = None,
-        user: str | None = None,
-        tag: Tag | None = None,
-        to: Iterable[str | ConnectionMeta] | None = None,
-        exclude: Excluded = None,
-        key: str | None = None,
+        to: Iterable[str | ConnectionMeta] | None,
+        exclude: Excluded,
+        key: str | None,
+        filters: Filters,
         coalesce_ms: float | None = None,
     ) -> BroadcastResult:
         """Append to the outboxes of all who match; they are flushed at the end of the loop's turn, or of the window."""
         started = perf_counter()
-        return _result(self._broadcast(message, group, user, tag, to, exclude, key, coalesce_ms), started)
+        return _result(self._broadcast(message, to, exclude, key, filters, coalesce_ms), started)
 
     def _broadcast(
         self,
         message: Message,
-        group: str | None,
-        user: str | None,
-        tag: Tag | None,
-        to: Iterable[str | ConnectionMeta] | None,
-        exclude: Excluded,
-        key: str | None,
-        coalesce_ms: float | None,
+        to: Iterable[str | ConnectionMeta] | None = None,
+        exclude: Excluded = None,
+        key: str | None = None,
+        filters: Filters | None = None,
+        coalesce_ms: float | None = None,
     ) -> Encoded:
         encoded = self._encode(message, key)
         excluded = self._records(exclude, "exclude")
         records: list[ConnectionMeta] | None
         if to is not None:
-            if not (group is None and user is None and tag is None):
-                raise TypeError("to= cannot be combined with group=, user= or tag=")
+            if filters is not None and not _is_everybody(filters):
+                raise TypeError("to= cannot be combined with filters")
             records = self._records(to, "to")
         else:
-            records = self._matching(group, user, tag)
+            records = self._matching(filters or {})
         if coalesce_ms is not None and not 0 <= coalesce_ms <= 60_000:
             raise InvalidSetting("coalesce", coalesce_ms, "from 0 to 60000 milliseconds")
         self._push(encoded, records, excluded, coalesce_ms)
         return encoded
 
-    def _matching(self, group: str | None, user: str | None, tag: Tag | None) -> list[ConnectionMeta] | None:
+    def _matching(self, filters: Filters) -> list[ConnectionMeta] | None:
         """The records that match; None for those of all links, which is the same as everybody if nobody but the manager
         has added and removed."""
-        if group is None and user is None and tag is None:
+        if _is_everybody(filters):
             adds, removes = self._registry.changes()
             if adds == self._admitted and removes == self._forgotten:
                 return None
-        records: list[ConnectionMeta] = []
-        for batch in self._registry.batches(_BATCH, group=group, user=user, tag=tag):
-            records += batch
-        return records
+        return self._registry.select(**filters)
 
     def _encode(self, message: Message, key: str | None) -> Encoded:
         # Not message.encode(): a subclass may have one of its own.
@@ -825,6 +809,10 @@ class Delivery:
         for task in self._senders:
             task.cancel()
         self._fanout.close()
+
+
+def _is_everybody(filters: Filters) -> bool:
+    return not filters or all(value is None for value in filters.values())
 
 
 def _now_ns() -> int:

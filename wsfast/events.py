@@ -8,7 +8,8 @@ Promises:
 - Subscribers of an event are called in the order in which they subscribed, whether they subscribed to its type or
   to a base of it.
 - A plain callback runs inside ``publish``. An ``async def`` callback runs later, in one task, one at a time, in the
-  order of the events; a slow one therefore delays the asynchronous callbacks behind it, and nothing else.
+  order of the events; a slow one therefore delays the asynchronous callbacks behind it, and nothing else. Its
+  context is that in which the bus was made, whoever publishes.
 - What waits for that task is bounded. When the queue is full, the newest call is dropped, counted in
   :attr:`EventBus.dropped`, and logged once until the queue has been empty again.
 - An exception of a subscriber reaches neither the publisher nor other subscribers. It is counted in
@@ -20,6 +21,7 @@ Not promised: that an asynchronous callback still finds the world as its event d
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import inspect
 import logging
 from collections import deque
@@ -31,6 +33,7 @@ from wsfast.errors import InvalidSetting
 
 if TYPE_CHECKING:
     from wsfast._core import ConnectionMeta
+    from wsfast._metadata import Change
 
 __all__ = [
     "ConnectionCleared",
@@ -44,6 +47,7 @@ __all__ = [
     "LoopLate",
     "MessageConflated",
     "MessagesDropped",
+    "MetadataChanged",
     "SendFailed",
 ]
 
@@ -52,6 +56,9 @@ logger = logging.getLogger(__name__)
 _E = TypeVar("_E", bound="Event")
 _Callback = Callable[[Any], object]
 _Route = tuple[tuple[_Callback, bool], ...]
+
+# Calls that do not wait for anything follow each other without a turn of the loop, but no more than these.
+_CALLS_IN_A_TURN = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,13 +213,29 @@ class LoopLate(Event):
     late_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class MetadataChanged(Event):
+    """The metadata of a connection has changed; published after the notifiers for its keys.
+
+    Attributes:
+        conn: the connection; it may have ended since.
+        version: of the metadata since then.
+        changes: what has changed, at least one key, in the order in which it was given.
+    """
+
+    conn: ConnectionMeta
+    version: int
+    # The values belong to the application: they stay out of the repr, and so out of logs.
+    changes: tuple[Change, ...] = field(repr=False)
+
+
 class EventBus:
     """Hands published events to subscribers; see the module's docstring for what it promises.
 
     Args:
         max_queued: most calls of asynchronous callbacks that may wait.
 
-    Threads: the event loop's only. Subscribing is also allowed before the loop runs.
+    Threads: the event loop's only, but for :meth:`wants`. Subscribing is also allowed before the loop runs.
     """
 
     def __init__(self, *, max_queued: int = 10_000) -> None:
@@ -222,9 +245,12 @@ class EventBus:
         self.dropped = 0
         self._max_queued = max_queued
         self._subscriptions: list[tuple[type[Event], _Callback]] = []
-        # Event type -> its callbacks, and whether each is asynchronous. Filled on demand, emptied by every change.
+        # Event type -> its callbacks, and whether each is asynchronous. Filled on demand, and another dict after every
+        # change: a thread that asks meanwhile fills the former one.
         self._routes: dict[type[Event], _Route] = {}
-        self._queue: deque[tuple[Callable[[Any], Awaitable[object]], Event]] = deque()
+        # What the callbacks run in: not the context of the publisher whose event happened to start the task.
+        self._context = contextvars.copy_context()
+        self._queue: deque[tuple[Callable[[Any], Awaitable[object]], object]] = deque()
         self._task: asyncio.Task[None] | None = None
         self._overflowing = False
 
@@ -244,19 +270,19 @@ class EventBus:
         # A tuple of its own for each call, so that the same callback subscribed twice is ended one at a time.
         subscription: tuple[type[Event], _Callback] = (event_type, callback)
         self._subscriptions.append(subscription)
-        self._routes.clear()
+        self._routes = {}
 
         def unsubscribe() -> None:
             for index, known in enumerate(self._subscriptions):
                 if known is subscription:
                     del self._subscriptions[index]
-                    self._routes.clear()
+                    self._routes = {}
                     return
 
         return unsubscribe
 
     def wants(self, event_type: type[Event]) -> bool:
-        """Whether anybody would receive an event of this type. Cost: one dictionary lookup."""
+        """Whether anybody would receive an event of this type. Cost: one dictionary lookup. Threads: any."""
         route = self._routes.get(event_type)
         return bool(self._route(event_type) if route is None else route)
 
@@ -271,12 +297,27 @@ class EventBus:
             route = self._route(event_type)
         for callback, is_async in route:
             if is_async:
-                self._enqueue(cast("Callable[[Any], Awaitable[object]]", callback), event)
+                self.enqueue(cast("Callable[[Any], Awaitable[object]]", callback), event)
                 continue
             try:
                 callback(event)
             except Exception:
                 self._failed(callback, event)
+
+    def enqueue(self, callback: Callable[[Any], Awaitable[object]], argument: object) -> None:
+        """Have *callback* called with *argument* behind the asynchronous calls that wait already; within the same
+        limit."""
+        if len(self._queue) >= self._max_queued:
+            self.dropped += 1
+            if not self._overflowing:
+                self._overflowing = True
+                logger.warning("%d calls wait for asynchronous subscribers; dropping new ones", self._max_queued)
+            return
+        is_idle = self._task is None or self._task.done()
+        loop = asyncio.get_running_loop() if is_idle else None  # or raise, before anything waits
+        self._queue.append((callback, argument))
+        if loop is not None:
+            self._task = loop.create_task(self._work_off(), context=self._context.copy())
 
     async def join(self) -> None:
         """Wait until every asynchronous call that waits now, or is added meanwhile, was made."""
@@ -296,38 +337,32 @@ class EventBus:
             logger.warning("closed while a subscriber was still running; %d calls behind it were dropped", left)
 
     def _route(self, event_type: type[Event]) -> _Route:
+        routes = self._routes
         route = tuple(
             (callback, _is_async(callback))
-            for wanted, callback in self._subscriptions
+            for wanted, callback in tuple(self._subscriptions)
             if issubclass(event_type, wanted)
         )
-        self._routes[event_type] = route
+        routes[event_type] = route
         return route
-
-    def _enqueue(self, callback: Callable[[Any], Awaitable[object]], event: Event) -> None:
-        if len(self._queue) >= self._max_queued:
-            self.dropped += 1
-            if not self._overflowing:
-                self._overflowing = True
-                logger.warning("%d calls wait for asynchronous subscribers; dropping new ones", self._max_queued)
-            return
-        self._queue.append((callback, event))
-        if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._work_off())
 
     async def _work_off(self) -> None:
         """Make the queued calls until none is left. The task lives no longer than that, so an idle bus has none."""
+        calls = 0
         while self._queue:
-            callback, event = self._queue.popleft()
+            callback, argument = self._queue.popleft()
             try:
-                await callback(event)
+                await callback(argument)
             except Exception:
-                self._failed(callback, event)
+                self._failed(callback, argument)
+            calls += 1
+            if calls % _CALLS_IN_A_TURN == 0:
+                await asyncio.sleep(0)
         self._overflowing = False
 
-    def _failed(self, callback: _Callback, event: Event) -> None:
+    def _failed(self, callback: _Callback, argument: object) -> None:
         self.errors += 1
-        logger.exception("subscriber %r failed on %s", callback, type(event).__name__)
+        logger.exception("subscriber %r failed on %s", callback, type(argument).__name__)
 
 
 def _is_async(callback: _Callback) -> bool:

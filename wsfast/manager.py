@@ -28,9 +28,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, TypeVar, Unpack
 from wsfast import reference
 from wsfast._core import ConnectionMeta, Registry
 from wsfast._health import Health
+from wsfast._metadata import Change
 from wsfast.adapters import Closed, adapter_for
-from wsfast.connection import ConnectionStatus, Verbs
-from wsfast.delivery import BACKPRESSURE, Backpressure, BroadcastResult, Delivery, Message, Tag, Undelivered
+from wsfast.connection import ConnectionStatus, Filters, Verbs
+from wsfast.delivery import BACKPRESSURE, Backpressure, BroadcastResult, Delivery, Message, Undelivered
 from wsfast.errors import (
     DuplicateConnection,
     ForeignRecord,
@@ -41,9 +42,10 @@ from wsfast.errors import (
     UnknownConnection,
     WrongThread,
 )
-from wsfast.events import ConnectionClosed, ConnectionOpened, Event, EventBus
+from wsfast.events import ConnectionClosed, ConnectionOpened, Event, EventBus, MetadataChanged
 from wsfast.health import HEALTH, Explanation, HealthMonitor, HealthPolicy
 from wsfast.heartbeat import Heartbeat
+from wsfast.metadata import METADATA, Declarations, MetadataLimits, MetadataManager
 
 if TYPE_CHECKING:
     from wsfast._fanout import Link
@@ -82,14 +84,38 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _through_the_manager(metadata: Any) -> Any:
+    """The attribute ``metadata`` of a record, with assignment as a change like any other: checked and announced."""
+
+    def replace(record: Any, value: Mapping[str, Any]) -> None:
+        registry = record.registry
+        owner = None if registry is None else registry.owner
+        if owner is None:
+            metadata.__set__(record, value)
+        else:
+            owner.metadata.replace(record, value)
+
+    return property(metadata.__get__, replace)
+
+
 class Connection(Verbs, ConnectionMeta):
     """A record of the native registry with verbs. Pass it as ``record_type`` to a registry of your own."""
 
     __slots__ = ()
 
+    if not TYPE_CHECKING:
+        metadata = _through_the_manager(ConnectionMeta.metadata)
+
 
 class _ReferenceConnection(Verbs, reference.ConnectionMeta):
     __slots__ = ()
+
+    if not TYPE_CHECKING:
+        metadata = _through_the_manager(reference.ConnectionMeta.metadata)
+
+
+class _ReferenceMetadata(Declarations, reference.Metadata):  # type: ignore[misc]  # each has a Change of its own
+    pass
 
 
 _REGISTRIES: dict[str, tuple[Any, type]] = {
@@ -182,6 +208,7 @@ class ConnectionManager:
         backpressure: what happens to connections whose peers do not keep up.
         health: when connections are pinged, suspected and given up. None: never, and deadlines of records are the
             application's own.
+        metadata: how much of it there may be.
         threads: how many threads write to sockets, the event loop's own included: at most 16. By default one for each
             core that the process may use, but no more than 4. The others start with the first large fan-out, hold no
             GIL, and end with the manager.
@@ -207,6 +234,7 @@ class ConnectionManager:
         drain: DrainPolicy = DrainPolicy(),
         backpressure: Backpressure = BACKPRESSURE,
         health: HealthPolicy | None = HEALTH,
+        metadata: MetadataLimits = METADATA,
         threads: int | None = None,
     ) -> None:
         if max_message_bytes < 1:
@@ -238,6 +266,8 @@ class ConnectionManager:
             ponged=self._ponged,
         )
         self._health = None if health is None else _make_monitor(health, registry)
+        self._metadata = self._make_metadata(metadata)
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._heartbeat: Heartbeat | None = None
         self._too_slow = Closed(backpressure.code, backpressure.reason, "us")
         self._drain = drain
@@ -272,6 +302,11 @@ class ConnectionManager:
         return self._health
 
     @property
+    def metadata(self) -> MetadataManager:
+        """Business facts on connections: checked, versioned, announced."""
+        return self._metadata
+
+    @property
     def events(self) -> EventBus:
         """The bus behind :meth:`on`."""
         return self._events
@@ -303,6 +338,8 @@ class ConnectionManager:
         self._thread = threading.get_ident()
         if self._health is not None:
             self._heartbeat = Heartbeat(self._health, self._registry, self._delivery, self._events, self._end_dead)
+        self._loop = asyncio.get_running_loop()
+        self._metadata.run_on(self._thread, self._wake_to_announce)
         self._state = "open"
 
     async def close(self, timeout_s: float = 10.0) -> CloseReport:
@@ -342,6 +379,7 @@ class ConnectionManager:
             PeerClosed: it is closed already, or closing.
             DuplicateConnection: the id is taken, or *ws* itself is attached already.
             InvalidName, LimitExceeded, InvalidSetting: as for ``Registry.add``.
+            MetadataRejected: *metadata* is not acceptable. What is, is there from the start, at version 0, unannounced.
             ManagerClosed, WrongThread.
         """
         return Attachment(self, ws, client_id, fields)
@@ -376,12 +414,10 @@ class ConnectionManager:
         self,
         message: Message,
         *,
-        group: str | None = None,
-        user: str | None = None,
-        tag: Tag | None = None,
         to: Iterable[str | ConnectionMeta] | None = None,
         exclude: Excluded = None,
         key: str | None = None,
+        **filters: Unpack[Filters],
     ) -> BroadcastResult:
         """Send a message to everybody, or to those who match all the filters.
 
@@ -391,9 +427,10 @@ class ConnectionManager:
 
         Args:
             message: ``str`` for a text frame, bytes-like for a binary one; encoded once.
-            group, user: a name; a name that nobody has gives no targets.
-            tag: ``("plan", "pro")``, or ``"plan"`` for any value.
-            to: client ids and records, instead of the three filters. Ids that nobody has give no target.
+            filters: ``group=``, ``user=``, ``tag=``, ``status=``, ``device_type=``, and the same with ``not_``
+                before: those of ``Registry.select``; see ``wsfast.connection.Filters``. A name that nobody has gives
+                no targets.
+            to: client ids and records, instead of filters. Ids that nobody has give no target.
             exclude: a record, a client id, or an iterable of either.
             key: of the message, for the policy "conflate".
 
@@ -407,19 +444,17 @@ class ConnectionManager:
         Cost: some 100 ns for each target, and what the kernel takes for it.
         """
         self._check("broadcast")
-        return await self._delivery.broadcast(message, group=group, user=user, tag=tag, to=to, exclude=exclude, key=key)
+        return await self._delivery.broadcast(message, to, exclude, key, filters)
 
     def broadcast_nowait(
         self,
         message: Message,
         *,
-        group: str | None = None,
-        user: str | None = None,
-        tag: Tag | None = None,
         to: Iterable[str | ConnectionMeta] | None = None,
         exclude: Excluded = None,
         key: str | None = None,
         coalesce: float | None = None,
+        **filters: Unpack[Filters],
     ) -> BroadcastResult:
         """:meth:`broadcast` without ``await``: the message is queued, and leaves at the end of the loop's turn.
 
@@ -437,9 +472,7 @@ class ConnectionManager:
             InvalidSetting: *coalesce* is not from 0 to 60,000.
         """
         self._check("broadcast_nowait")
-        return self._delivery.broadcast_nowait(
-            message, group=group, user=user, tag=tag, to=to, exclude=exclude, key=key, coalesce_ms=coalesce
-        )
+        return self._delivery.broadcast_nowait(message, to, exclude, key, filters, coalesce)
 
     async def disconnect(self, target: str | ConnectionMeta, code: int = 1000, reason: str = "") -> None:
         """Close a connection with a close frame, and wait until it has ended and is unregistered.
@@ -489,6 +522,9 @@ class ConnectionManager:
         ``pings``: that were sent; and, unless there is no health: ``pongs``, of which ``late_pongs`` and
         ``unasked_pongs``; ``suspects``, ``deaths``, ``failed_pings``: how often a connection became suspect, was found
         dead, and could not be pinged in time; ``late_ms``: how long the loop was late, in all.
+
+        ``metadata_changes``, ``metadata_rejected``, ``metadata_conflicts``, ``metadata_notifier_errors``,
+        ``metadata_unannounced``: see ``wsfast._metadata``.
         """
         delivery = self._delivery.stats()
         return {
@@ -500,6 +536,7 @@ class ConnectionManager:
             **delivery,
             **({} if self._health is None else self._health.stats()),
             "pings": delivery["pings"] + (self._heartbeat.pings_by_library if self._heartbeat else 0),
+            **self._metadata.stats(),
         }
 
     def explain(self, client_id: str) -> Explanation:
@@ -546,6 +583,8 @@ class ConnectionManager:
                 raise DuplicateConnection(current.record.client_id)
             if current.record.client_id == client_id:
                 fields = {**fields, "on_duplicate": "replace"}
+        if fields.get("metadata") is not None:
+            fields = {**fields, "metadata": self._metadata.check(fields["metadata"])}
         older = self._registry.get(client_id)
         replaced = None if older is None else self._attachments.get(id(older.conn))
         if replaced is current:
@@ -614,6 +653,29 @@ class ConnectionManager:
             return
         attachment.end(closed)
         self._run_farewell(_close_soon(attachment, closed, self._health.policy.ping_deadline_s))
+
+    def _make_metadata(self, limits: MetadataLimits) -> MetadataManager:
+        kind: Any = MetadataManager if isinstance(self._registry, Registry) else _ReferenceMetadata
+        metadata = kind(
+            self._registry,
+            **limits.settings(),
+            later=self._events.enqueue,
+            wants=lambda: self._events.wants(MetadataChanged),
+            publish=self._publish_metadata,
+        )
+        return cast("MetadataManager", metadata)
+
+    def _publish_metadata(self, changes: tuple[Change, ...]) -> None:
+        last = changes[-1]
+        self._events.publish(MetadataChanged(last.conn, last.version, changes))
+
+    def _wake_to_announce(self) -> None:
+        """Another thread has changed metadata."""
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(self._metadata.announce)
+        except RuntimeError:
+            logger.warning("the loop is closed: changes of metadata are not announced")
 
     def _held(self, link: Link) -> None:
         if self._heartbeat is not None:
@@ -696,6 +758,8 @@ class ConnectionManager:
         self._delivery.close()
         self._registry.clear()
         self._registry.owner = None
+        self._metadata.announce()
+        self._metadata.run_on(None, None)
         self._state = "closed"
         return len(left)
 

@@ -183,7 +183,7 @@ class TestBytes:
 
     async def test_the_result_of_a_broadcast_that_waits_follows_its_message(self) -> None:
         async with stalled("drop_oldest") as peer:
-            encoded = peer.manager._delivery._broadcast(text(1), None, None, None, None, None, None, None)
+            encoded = peer.manager._delivery._broadcast(text(1))
             assert (encoded.queued, encoded.dropped) == (1, 0)
             peer.push(*range(2, 11))
             assert (encoded.queued, encoded.dropped, encoded.targets) == (0, 1, 1)

@@ -263,7 +263,7 @@ class TestTargets:
         [
             ({"group": 1}, "group name must be str, not int"),
             ({"user": 1}, "user id must be str, not int"),
-            ({"tag": ["plan", "pro"]}, "tag must be a key or a"),
+            ({"tag": ("plan", "pro", "x")}, "tag must be a key or a"),
             ({"exclude": [1]}, "exclude must hold client ids and records, not int"),
             ({"to": [1]}, "to must hold client ids and records, not int"),
             ({"to": ["a"], "group": "g"}, "to= cannot be combined"),

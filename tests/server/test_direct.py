@@ -209,7 +209,7 @@ async def test_resets_in_the_middle_of_a_fan_out_concern_nobody_else(threads: in
         for peer in peers[::5]:
             peer.reset()
         # Before the loop has seen it.
-        message = manager._delivery._broadcast("1", None, None, None, None, None, None, None)
+        message = manager._delivery._broadcast("1")
         manager._delivery._flush(is_whole=True)
         assert (message.targets, message.sent, message.failed, message.dropped) == (100, 80, 20, 0)
         assert {event.error.errno for event in failures} <= {errno.EPIPE, errno.ECONNRESET}  # type: ignore[attr-defined]

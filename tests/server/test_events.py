@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import dataclasses
 import functools
 import logging
@@ -230,6 +231,59 @@ async def test_close_gives_up_on_a_subscriber_that_hangs(caplog: pytest.LogCaptu
     await cancelled.wait()
     assert bus.dropped == 2
     assert "still running" in caplog.text
+
+
+async def test_asynchronous_callbacks_do_not_run_in_the_context_of_a_publisher() -> None:
+    colour = contextvars.ContextVar("colour", default="none")
+    colour.set("of the bus")
+    bus = EventBus()
+    seen: list[str] = []
+
+    async def note(event: Ping) -> None:
+        seen.append(colour.get())
+        colour.set("of a callback")
+
+    bus.on(Ping, note)
+    for _ in range(2):  # each with a task of its own
+        token = colour.set("of a publisher")
+        bus.publish(Ping())
+        colour.reset(token)
+        await bus.join()
+    assert seen == ["of the bus", "of the bus"]
+
+
+def test_without_a_loop_nothing_waits_for_one() -> None:
+    bus = EventBus()
+    called: list[object] = []
+
+    async def call(argument: object) -> None:
+        called.append(argument)
+
+    async def later() -> None:
+        bus.enqueue(call, "with a loop")
+        await bus.join()
+
+    with pytest.raises(RuntimeError):
+        bus.enqueue(call, "without a loop")
+    asyncio.run(later())
+    assert called == ["with a loop"]
+
+
+def test_a_subscription_that_ends_while_another_thread_asks_hides_no_other() -> None:
+    bus = EventBus()
+
+    class Interrupted(type):
+        def __subclasscheck__(cls, subclass: type) -> bool:
+            end()
+            return False
+
+    class Watched(Event, metaclass=Interrupted):
+        pass
+
+    end = bus.on(Watched, lambda event: None)
+    bus.on(Ping, lambda event: None)
+    assert bus.wants(Ping)
+    assert bus.wants(Ping)
 
 
 async def test_the_bus_goes_on_after_its_task_was_cancelled() -> None:

@@ -204,11 +204,11 @@ class TestAdapters:
         each of them from then on."""
         async with ConnectionManager() as manager, contextlib.AsyncExitStack() as stack:
             first = await stack.enter_async_context(manager.attach(FakeLink(), "first"))
-            assert manager._delivery._matching(None, None, None) is None
+            assert manager._delivery._matching({}) is None
             with pytest.raises(Broken):
                 await manager.attach(BrokenLink("framing"), "broken").__aenter__()
             assert list(manager.registry) == ["first"]
-            assert manager._delivery._matching(None, None, None) is None
+            assert manager._delivery._matching({}) is None
             second = await stack.enter_async_context(manager.attach(FakeLink(), "second"))
             result = await manager.broadcast("x")
             assert (result.targets, result.sent) == (2, 2)
@@ -302,7 +302,7 @@ async def test_nothing_is_sent_into_a_transport_that_was_ended_in_the_same_turn(
         transport = conn.conn.transport
         if order == "end first":
             getattr(transport, end)()
-        message = manager._delivery._broadcast("late", None, None, None, None, None, None, None)
+        message = manager._delivery._broadcast("late")
         if order == "push first":
             getattr(transport, end)()
         await until(lambda message=message: message.pending == 0)  # type: ignore[misc]
@@ -380,7 +380,7 @@ class TestHalfClosed:
     async def test_before_the_loop_has_seen_it(self, manager: ConnectionManager, managed: bool) -> None:
         async with self.two(manager, managed) as (half, _, other):
             half.sock.shutdown(socket.SHUT_WR)
-            message = manager._delivery._broadcast("x", None, None, None, None, None, None, None)
+            message = manager._delivery._broadcast("x")
             manager._delivery._flush(is_whole=True)
             assert (message.targets, message.sent) == (2, 2)
             del message  # which is kept as long as somebody asks for its outcome

@@ -246,7 +246,7 @@ class TestMemory:
             link = link_of(manager, conn)
             for size in range(2000, 400_000, 2000):
                 await until(lambda: link.is_direct and not in_transports(manager))
-                message = manager._delivery._broadcast(bytes(size), None, None, None, None, None, None, None)
+                message = manager._delivery._broadcast(bytes(size))
                 manager._delivery._flush(is_whole=True)
                 assert message.failed == 0
                 if left_at_once:
