@@ -11,10 +11,10 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.object cimport PyObject, PyObject_Hash
 from cpython.pycapsule cimport PyCapsule_New
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
-from cpython.unicode cimport PyUnicode_FromObject
 from libc.stdint cimport UINT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
+from arguments cimport exact_int64, exact_text, wrong_type
 from core cimport *
 from records cimport WSF_RECORDS_CAPSULE, wsf_metadata, wsf_records
 
@@ -79,23 +79,9 @@ if [int(_status) for _status in ConnectionStatus] != list(range(WSF_STATUSES)):
 # ---- arguments ---------------------------------------------------------------------------------------------------------
 
 
-cdef str _wrong_type(str name, str wanted, object value):
-    return f"{name} must be {wanted}, not {type(value).__name__}"
-
-
-cdef inline str _text(object value, str kind):
-    """The value as an exact str whose hash is computed."""
-    if not PyUnicode_CheckExact(value):
-        if not PyUnicode_Check(value):
-            raise TypeError(_wrong_type(kind, "str", value))
-        value = PyUnicode_FromObject(value)
-    PyObject_Hash(value)
-    return <str>value
-
-
 cdef str _name_hashed(object value, str kind, int64_t limit, uint32_t *fnv1a, bint may_be_empty=False):
     """The value as a name (see _core.pyi), and its FNV-1a hash."""
-    cdef str text = _text(value, kind)
+    cdef str text = exact_text(value, kind)
     cdef int64_t utf8_bytes = 0
     if not text and not may_be_empty:
         raise InvalidName(kind, "is empty")
@@ -111,15 +97,8 @@ cdef inline str _name(object value, str kind, int64_t limit, bint may_be_empty=F
     return _name_hashed(value, kind, limit, &fnv1a, may_be_empty)
 
 
-cdef int64_t _int64(object value, str name, str wanted="int") except? -1:
-    cdef int overflow = 0
-    cdef long long number
-    if not PyLong_Check(value):
-        raise TypeError(_wrong_type(name, wanted, value))
-    number = PyLong_AsLongLongAndOverflow(value, &overflow)
-    if overflow:
-        raise OverflowError(f"{name} does not fit 64 bits")
-    return number
+cdef inline int64_t _int64(object value, str name, str wanted="int") except? -1:
+    return exact_int64(value, name, wanted)
 
 
 cdef int64_t _at_least(object value, str name, int64_t least) except -1:
@@ -131,7 +110,7 @@ cdef int64_t _at_least(object value, str name, int64_t least) except -1:
 
 cdef int _status(object value) except -1:
     if not isinstance(value, ConnectionStatus):
-        raise TypeError(_wrong_type("status", "a ConnectionStatus", value))
+        raise TypeError(wrong_type("status", "a ConnectionStatus", value))
     return <int>value
 
 
@@ -139,11 +118,11 @@ cdef list _names(object values, str argument, str kind, int64_t limit):
     """Distinct names of an iterable that is not a str, in order."""
     cdef dict names = {}
     if isinstance(values, str):
-        raise TypeError(_wrong_type(argument, "an iterable of str", values))
+        raise TypeError(wrong_type(argument, "an iterable of str", values))
     try:
         iterator = iter(values)
     except TypeError:
-        raise TypeError(_wrong_type(argument, "an iterable of str", values)) from None
+        raise TypeError(wrong_type(argument, "an iterable of str", values)) from None
     for value in iterator:
         names[_name(value, kind, limit)] = None
     return list(names)
@@ -152,7 +131,7 @@ cdef list _names(object values, str argument, str kind, int64_t limit):
 cdef int _check_mapping(object values, str argument) except -1:
     # Asking the abstract class takes longer than all the rest for the small dict that this nearly always is.
     if type(values) is not dict and not isinstance(values, Mapping):
-        raise TypeError(_wrong_type(argument, "a mapping", values))
+        raise TypeError(wrong_type(argument, "a mapping", values))
     return 0
 
 
@@ -492,7 +471,7 @@ cdef class ConnectionMeta:
     @quality.setter
     def quality(self, value):
         if not isinstance(value, Quality):
-            raise TypeError(_wrong_type("quality", "a Quality", value))
+            raise TypeError(wrong_type("quality", "a Quality", value))
         latency, jitter, loss = value
         for name, number in (("latency", latency), ("jitter", jitter)):
             if not 0 <= number <= 1_000_000:
@@ -523,7 +502,7 @@ cdef class ConnectionMeta:
         cdef int overflow = 0
         if value is not None:
             if not PyLong_Check(value):
-                raise TypeError(_wrong_type("deadline_ns", "int or None", value))
+                raise TypeError(wrong_type("deadline_ns", "int or None", value))
             deadline_ns = PyLong_AsLongLongAndOverflow(value, &overflow)
             if overflow or deadline_ns < 0 or deadline_ns == WSF_NEVER:
                 raise InvalidSetting("deadline_ns", value, "from 0 to 2**63 - 2")
@@ -870,7 +849,7 @@ cdef inline bint _has_turn(ConnectionMeta meta, uint32_t statuses) noexcept:
 
 cdef inline ConnectionMeta _record_of(object meta):
     if not isinstance(meta, ConnectionMeta):
-        raise TypeError(_wrong_type("meta", "a ConnectionMeta", meta))
+        raise TypeError(wrong_type("meta", "a ConnectionMeta", meta))
     return <ConnectionMeta>meta
 
 
@@ -980,9 +959,9 @@ cdef class _Filter:
     cdef int add_names(self, int kind, bint negated, object names, str what) except -1:
         """One name or several."""
         if not _is_several(names):
-            return self.add(kind, negated, _text(names, what))
+            return self.add(kind, negated, exact_text(names, what))
         for name in names:
-            self.add(kind, negated, _text(name, what))
+            self.add(kind, negated, exact_text(name, what))
         return 0
 
     cdef int add_tags(self, bint negated, object tags) except -1:
@@ -994,11 +973,11 @@ cdef class _Filter:
 
     cdef int add_tag(self, bint negated, object tag) except -1:
         if PyUnicode_Check(tag):
-            return self.add(WSF_HAS_TAG_KEY, negated, _text(tag, "tag key"))
+            return self.add(WSF_HAS_TAG_KEY, negated, exact_text(tag, "tag key"))
         if not isinstance(tag, tuple) or len(<tuple>tag) != 2:
-            raise TypeError(_wrong_type("tag", "a key or a (key, value) pair", tag))
+            raise TypeError(wrong_type("tag", "a key or a (key, value) pair", tag))
         key, value = <tuple>tag
-        return self.add(WSF_HAS_TAG, negated, _text(key, "tag key"), _text(value, "tag value"))
+        return self.add(WSF_HAS_TAG, negated, exact_text(key, "tag key"), exact_text(value, "tag value"))
 
     cdef int exclude_statuses(self, object statuses) except -1:
         for status in statuses if _is_several(statuses) else (statuses,):
@@ -1018,13 +997,13 @@ cdef _Filter _make_filter(
     if group is not None:
         wanted.add_names(WSF_IN_GROUP, False, group, "group name")
     if user is not None:
-        wanted.add(WSF_OF_USER, False, _text(user, "user id"))
+        wanted.add(WSF_OF_USER, False, exact_text(user, "user id"))
     if tag is not None:
         wanted.add_tags(False, tag)
     if status is not None:
         wanted.statuses = <uint32_t>1 << _status(status)
     if device_type is not None:
-        wanted.add(WSF_OF_DEVICE_TYPE, False, _text(device_type, "device type"))
+        wanted.add(WSF_OF_DEVICE_TYPE, False, exact_text(device_type, "device type"))
     if not_group is not None:
         wanted.add_names(WSF_IN_GROUP, True, not_group, "group name")
     if not_user is not None:
@@ -1147,7 +1126,7 @@ cdef inline _Walk _make_walk(wsf_core *core, _Filter wanted):
 
 cdef list _prepared_ids(object client_ids):
     """A list of exact str, all hashed, that no other code holds."""
-    return [_text(client_id, "client id") for client_id in client_ids]
+    return [exact_text(client_id, "client id") for client_id in client_ids]
 
 
 class _Keys(KeysView):
@@ -1364,7 +1343,7 @@ cdef class Registry:
         cdef str key
         if isinstance(client_id, ConnectionMeta):
             return self._remove_record(<ConnectionMeta>client_id)
-        key = _text(client_id, "client id")
+        key = exact_text(client_id, "client id")
         wsf_trash_init(&trash)
         record = wsf_core_detach_id(self.core, <PyObject *>key, &trash)
         return None if record == NULL else _finish(record, &trash)
@@ -1382,7 +1361,7 @@ cdef class Registry:
     # ---- lookups
 
     def __getitem__(self, client_id):
-        cdef str key = _text(client_id, "client id")
+        cdef str key = exact_text(client_id, "client id")
         cdef PyObject *found = wsf_core_get(self.core, <PyObject *>key)
         if found == NULL:
             raise UnknownConnection(key)
@@ -1394,7 +1373,7 @@ cdef class Registry:
             PyObject_Hash(client_id)
             found = wsf_core_get(self.core, <PyObject *>client_id)
         else:
-            client_id = _text(client_id, "client id")
+            client_id = exact_text(client_id, "client id")
             found = wsf_core_get(self.core, <PyObject *>client_id)
         return default if found == NULL else wsf_object(found)
 
@@ -1425,7 +1404,7 @@ cdef class Registry:
         return found
 
     def __contains__(self, client_id):
-        cdef str key = _text(client_id, "client id")
+        cdef str key = exact_text(client_id, "client id")
         return wsf_core_contains(self.core, <PyObject *>key)
 
     def __len__(self):
@@ -1518,7 +1497,7 @@ cdef class Registry:
 
     def leave(self, meta, group):
         cdef ConnectionMeta record = _record_of(meta)
-        cdef str name = _text(group, "group name")
+        cdef str name = exact_text(group, "group name")
         cdef wsf_trash trash
         cdef int outcome
         self._check_home(record)
@@ -1536,10 +1515,10 @@ cdef class Registry:
         return 0
 
     def group(self, name):
-        return _members_of(self.core, WSF_IN_GROUP, _text(name, "group name"))
+        return _members_of(self.core, WSF_IN_GROUP, exact_text(name, "group name"))
 
     def by_user(self, user_id):
-        return _members_of(self.core, WSF_OF_USER, _text(user_id, "user id"))
+        return _members_of(self.core, WSF_OF_USER, exact_text(user_id, "user id"))
 
     def groups(self):
         cdef PyObject **names = NULL

@@ -15,12 +15,12 @@ connections without metadata makes one dict.
 cimport cython
 from cpython.contextvars cimport PyContextVar_Reset, PyContextVar_Set, get_value
 from cpython.dict cimport PyDict_Copy
-from cpython.object cimport PyObject, PyObject_Hash
+from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_Import
 from cpython.ref cimport Py_XDECREF
-from cpython.unicode cimport PyUnicode_FromObject
 from libc.stdint cimport int64_t
 
+from arguments cimport exact_int64, exact_text, wrong_type
 from records cimport WSF_RECORDS_CAPSULE, wsf_metadata, wsf_records
 
 from collections.abc import Mapping
@@ -56,7 +56,6 @@ cdef extern from "Python.h":
     unsigned long PyThread_get_thread_ident() noexcept
     unsigned long PyLong_AsUnsignedLongMask(object value) except? <unsigned long>-1
     bint PyUnicode_Check(object value)
-    bint PyUnicode_CheckExact(object value)
     bint PyUnicode_IS_ASCII(object text)
     Py_ssize_t PyUnicode_GET_LENGTH(object text)
     int PyUnicode_KIND(object text)
@@ -89,22 +88,11 @@ cdef object _depth = ContextVar("wsfast_metadata_depth", default=0)
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
-cdef str _text(object value, str kind):
-    """The value as an exact str whose hash is computed."""
-    if not PyUnicode_CheckExact(value):
-        if not PyUnicode_Check(value):
-            raise TypeError(f"{kind} must be str, not {type(value).__name__}")
-        value = PyUnicode_FromObject(value)
-    PyObject_Hash(value)
-    return <str>value
-
-
 cdef int64_t _setting(object value, str name, int64_t least) except -1:
-    if not isinstance(value, int):
-        raise TypeError(f"{name} must be int, not {type(value).__name__}")
-    if value < least:
+    cdef int64_t number = exact_int64(value, name, "int")
+    if number < least:
         raise InvalidSetting(name, value, f"{least} or more")
-    return min(value, _MOST)
+    return min(number, _MOST)
 
 
 cdef object _condition(object if_version):
@@ -112,7 +100,7 @@ cdef object _condition(object if_version):
     if if_version is None:
         return None
     if not isinstance(if_version, int):
-        raise TypeError(f"if_version must be int or None, not {type(if_version).__name__}")
+        raise TypeError(wrong_type("if_version", "int or None", if_version))
     return int.__index__(if_version)
 
 
@@ -128,8 +116,8 @@ cdef str _text_of(object error):
 cdef dict _by_key(object values, str argument):
     """A copy of a mapping whose keys are any strings."""
     if type(values) is not dict and not isinstance(values, Mapping):
-        raise TypeError(f"{argument} must be a mapping, not {type(values).__name__}")
-    return {_text(key, "metadata key"): value for key, value in values.items()}
+        raise TypeError(wrong_type(argument, "a mapping", values))
+    return {exact_text(key, "metadata key"): value for key, value in values.items()}
 
 
 cdef list _targets(object to):
@@ -262,7 +250,7 @@ cdef int64_t _size(object value, int64_t limit, int level) except? -2:
 
 
 def size_of(value, limit=_NO_LIMIT, /):
-    return _size(value, limit, 0)
+    return _size(value, exact_int64(limit, "limit", "int"), 0)
 
 
 # ---- rules -----------------------------------------------------------------------------------------------------------
@@ -464,7 +452,7 @@ cdef class Metadata:
         max_queued=100_000, later=None, wants=None, publish=None
     ):
         if not isinstance(registry, Registry):
-            raise TypeError(f"registry must be a Registry, not {type(registry).__name__}")
+            raise TypeError(wrong_type("registry", "a Registry", registry))
         self._registry = registry
         self.max_key_bytes = min(_setting(max_key_bytes, "max_key_bytes", 1), <int64_t>registry.max_name_bytes)
         self.max_value_bytes = _setting(max_value_bytes, "max_value_bytes", 1)
@@ -495,7 +483,7 @@ cdef class Metadata:
         if self._registry is None:
             raise TypeError("Metadata.__init__ was not called")
         if PyUnicode_Check(target):
-            target = _text(target, "target")
+            target = exact_text(target, "target")
             found = _records.find(<PyObject *>self._registry, <PyObject *>target)
             if found == NULL:
                 raise UnknownConnection(target)
@@ -503,7 +491,7 @@ cdef class Metadata:
             Py_XDECREF(found)
             return record
         if not isinstance(target, ConnectionMeta):
-            raise TypeError(f"target must be a client id or a ConnectionMeta, not {type(target).__name__}")
+            raise TypeError(wrong_type("target", "a client id or a ConnectionMeta", target))
         is_home = _records.is_home(<PyObject *>self._registry, <PyObject *>target)
         if is_home != 1:
             raise (DetachedRecord if is_home < 0 else ForeignRecord)(target.client_id)
@@ -512,7 +500,7 @@ cdef class Metadata:
     def get(self, target, key, default=None):
         cdef wsf_metadata metadata
         cdef object record = self.resolve(target)
-        cdef str name = _text(key, "metadata key")
+        cdef str name = exact_text(key, "metadata key")
         cdef PyObject *token = _records.read_extras(<PyObject *>record, &metadata)
         try:
             return default if metadata.mapping == NULL else (<dict>metadata.mapping).get(name, default)
@@ -533,7 +521,7 @@ cdef class Metadata:
 
     def set(self, target, key, value, *, if_version=None):
         cdef object record = self.resolve(target)
-        cdef str name = _text(key, "metadata key")
+        cdef str name = exact_text(key, "metadata key")
         cdef _Edit edit = self.edit(if_version, False)
         self.take(edit, name, value)
         return self.change(record, edit)
@@ -554,7 +542,7 @@ cdef class Metadata:
 
     def delete(self, target, key, *, if_version=None):
         cdef object record = self.resolve(target)
-        cdef str name = _text(key, "metadata key")
+        cdef str name = exact_text(key, "metadata key")
         cdef _Edit edit = self.edit(if_version, False)
         edit.add(self.plan_of(name), MISSING)  # what is there may go, also if it could not be set
         return self.change(record, edit)
@@ -944,7 +932,7 @@ cdef class Metadata:
     cdef _Rule rule(self, object function, str argument, object key, object prefix):
         cdef _Rule rule = _Rule.__new__(_Rule)
         if not callable(function):
-            raise TypeError(f"{argument} must be callable, not {type(function).__name__}")
+            raise TypeError(wrong_type(argument, "callable", function))
         if key is not None and prefix is not None:
             raise TypeError("key= cannot be combined with prefix=")
         rule.function = function
@@ -954,7 +942,7 @@ cdef class Metadata:
         return rule
 
     cdef str name(self, object value, str kind):
-        cdef str text = _text(value, kind)
+        cdef str text = exact_text(value, kind)
         cdef str problem = self.problem_of(text)
         if problem is not None:
             raise InvalidName(kind, problem)

@@ -112,8 +112,8 @@ class Metadata:
         publish: told of each change, after its notifiers. Gets all ``Change`` of one version.
 
     Raises (from the constructor): ``InvalidSetting("max_key_bytes", value, "1 or more")`` and so on (``max_keys``,
-    ``max_cascade``: "0 or more"); ``TypeError("max_key_bytes must be int, not str")``; ``TypeError("registry must be a
-    Registry, not str")``.
+    ``max_cascade``: "0 or more"); ``TypeError("max_key_bytes must be int, not str")``; ``OverflowError("max_key_bytes
+    does not fit 64 bits")``; ``TypeError("registry must be a Registry, not str")``.
     """
 
     def __init__(

@@ -363,6 +363,15 @@ def test_engine_takes_subclasses_with_attributes(impl: Implementation, registry:
     assert engine.set(record, "k", 1) == 1
 
 
+def test_numbers_beyond_64_bits_are_told(impl: Implementation, make: Any) -> None:
+    with pytest.raises(OverflowError, match=r"^max_bytes does not fit 64 bits$"):
+        make(max_bytes=2**63)
+    with pytest.raises(OverflowError, match=r"^limit does not fit 64 bits$"):
+        impl.size_of(1, 2**63)
+    with pytest.raises(TypeError, match=r"^limit must be int, not str$"):
+        impl.size_of(1, "1")
+
+
 def test_largest_settings_are_no_limit(make: Any, registry: Any, record: Any) -> None:
     names = ("max_key_bytes", "max_value_bytes", "max_keys", "max_bytes", "max_cascade", "max_queued")
     engine = make(**dict.fromkeys(names, 2**63 - 1))
