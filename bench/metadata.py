@@ -85,7 +85,8 @@ class _Store:
     notified: _Notified
 
 
-def _make_stores(count: int, members: int) -> dict[str, _Store]:
+def make_stores(count: int, members: int) -> dict[str, _Store]:
+    """Alternatives with a validator and a notifier for one key; `members` of the connections are in a group."""
     ids = make_ids(count)
     stores = {}
     for name, registry, engine in (
@@ -128,7 +129,7 @@ def _take(loop: Callable[..., None], store: _Store, targets: list[Any]) -> float
 
 def _report_set(report: Report) -> None:
     count, repetitions = (500, 3) if report.quick else (10_000, 15)
-    stores = _make_stores(count, 0)
+    stores = make_stores(count, 0)
     columns: dict[str, Samples] = {}
     for column, by_id, loop in (
         ("by id: ns", True, _set_all),
@@ -163,7 +164,7 @@ def _update_group(metadata: Any, members: list[Any], value: int) -> None:
 
 def _report_update_where(report: Report) -> None:
     count, members, repetitions = (2_000, 500, 2) if report.quick else (100_000, 10_000, 15)
-    stores = _make_stores(count, members)
+    stores = make_stores(count, members)
 
     def take(store: _Store, value: int) -> float:
         before = store.notified.count
