@@ -285,8 +285,7 @@ class _Settings:
 # ---- the record ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _MetadataState:
+class _MetadataState(NamedTuple):
     """Metadata and their version in one object, so that one slot of the record holds both."""
 
     version: int
@@ -1681,8 +1680,8 @@ def _measure(value: Any) -> int | Iterator[Any]:
     if isinstance(value, Mapping):
         return chain.from_iterable(value.items())
     kind = type(value)
-    # That ours are dataclasses is nobody's business.
-    if is_dataclass(kind) and not issubclass(kind, ConnectionMeta | Change):
+    # That our record is a dataclass is nobody's business.
+    if is_dataclass(kind) and not issubclass(kind, ConnectionMeta):
         return _fields_of(value, [field.name for field in fields(kind)])
     names = getattr(kind, "__struct_fields__", None)
     return max(1, sys.getsizeof(value)) if names is None else _fields_of(value, names)
@@ -1694,18 +1693,43 @@ def _fields_of(value: object, names: Iterable[str]) -> Iterator[Any]:
 
 
 @final
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Change:
     """What happened to one key of one connection; see ``_metadata.pyi``."""
 
-    conn: ConnectionMeta
-    client_id: str
-    key: str
-    old: Any
-    new: Any
-    version: int
-    # How many changes led to this one, each in answer to the one before.
-    _cascade: int
+    __slots__ = ("_cascade", "_conn", "_key", "_new", "_old", "_version")
+
+    def __init__(self, conn: ConnectionMeta, key: str, old: Any, new: Any, version: int, cascade: int) -> None:
+        self._conn = conn
+        self._key = key
+        self._old = old
+        self._new = new
+        self._version = version
+        # How many changes led to this one, each in answer to the one before.
+        self._cascade = cascade
+
+    @property
+    def conn(self) -> ConnectionMeta:
+        return self._conn
+
+    @property
+    def client_id(self) -> str:
+        return self._conn._client_id
+
+    @property
+    def key(self) -> str:
+        return self._key
+
+    @property
+    def old(self) -> Any:
+        return self._old
+
+    @property
+    def new(self) -> Any:
+        return self._new
+
+    @property
+    def version(self) -> int:
+        return self._version
 
     def __repr__(self) -> str:
         # Values belong to the application and may hold secrets: they stay out of logs.
@@ -2017,7 +2041,7 @@ class Metadata:
         What is over a limit already may stay so, but not grow.
         """
         problems = list(wish.problems)
-        keys = len(metadata.keys() | wish.flawed)
+        keys = len(metadata.keys() | wish.flawed) if wish.flawed else len(metadata)
         if keys > self._max_keys and keys > len(before.metadata):
             problems.append(Problem(None, f"more than {self._max_keys} keys"))
         if nbytes > self._max_bytes and nbytes > self._bytes_of(before):
@@ -2030,9 +2054,11 @@ class Metadata:
         nbytes = sum(wish.sizes.values())
         if wish.is_whole:
             return nbytes
-        metadata = before.metadata
-        gone = sum(self._bytes_of_entry(key, metadata[key]) for key in (*wish.values, *wish.flawed) if key in metadata)
-        return nbytes + self._bytes_of(before) - gone
+        nbytes += self._bytes_of(before)
+        for key in (*wish.values, *wish.flawed):
+            if key in before.metadata:
+                nbytes -= self._bytes_of_entry(key, before.metadata[key])
+        return nbytes
 
     def _bytes_of(self, state: _MetadataState) -> int:
         if state.counted is not None:
@@ -2068,9 +2094,7 @@ class Metadata:
             if not made:
                 return before.version
             after = before.followed_by(_read_only(metadata), (nbytes, self._max_bytes))
-            changes = tuple(
-                [Change(record, record._client_id, key, old, new, after.version, cascade) for key, old, new in made]
-            )
+            changes = tuple([Change(record, key, old, new, after.version, cascade) for key, old, new in made])
             if self._exchange(record, before, after, changes, is_published):
                 return after.version
 
@@ -2083,7 +2107,7 @@ class Metadata:
         is_published: bool,
     ) -> bool:
         """Put one state in the place of another and queue what is announced of it; False if another was faster."""
-        is_heard = is_published or any(self._notifiers.of(change.key) for change in changes)
+        is_heard = is_published or any(self._notifiers.of(change._key) for change in changes)
         with self._lock:
             if not record._exchange_metadata(before, after):
                 return False
@@ -2146,7 +2170,7 @@ class Metadata:
         token = _cascade.set(changes[0]._cascade + 1)
         try:
             for change in changes:
-                for hook in self._notifiers.of(change.key):
+                for hook in self._notifiers.of(change._key):
                     self._notify(hook.given, change, partial(hook.call, change))
             if is_published and self._publish is not None:
                 self._notify(self._publish, changes[0], partial(self._publish, changes))
