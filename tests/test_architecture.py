@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "reference": {"errors", "connection"},
     "events": {"errors"},
     "adapters": set(),
+    "reconnect": {"errors"},
     "delivery": {"errors", "adapters", "events", "_fanout"},
     "health": {"errors", "_health"},
     "heartbeat": {"_health", "adapters", "events"},
