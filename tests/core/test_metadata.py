@@ -363,6 +363,22 @@ def test_engine_takes_subclasses_with_attributes(impl: Implementation, registry:
     assert engine.set(record, "k", 1) == 1
 
 
+def test_key_whose_value_is_rejected_is_left_out_of_the_sum(make: Any, record: Any) -> None:
+    engine = make(max_value_bytes=80, max_bytes=100)
+    engine.set(record, "a", "x" * 80)
+    with pytest.raises(MetadataRejected) as caught:
+        engine.update(record, {"a": "x" * 81, "b": "y" * 50})
+    assert [(problem.key, problem.reason) for problem in caught.value.problems] == [
+        ("a", "the value is over the limit of 80 bytes")
+    ]
+    with pytest.raises(MetadataRejected) as caught:
+        engine.update(record, {"a": "x" * 81, "b": "y" * 50, "c": "z" * 50})
+    assert [problem.reason for problem in caught.value.problems] == [
+        "the value is over the limit of 80 bytes",
+        "more than 100 bytes in all",
+    ]
+
+
 def test_numbers_beyond_64_bits_are_told(impl: Implementation, make: Any) -> None:
     with pytest.raises(OverflowError, match=r"^max_bytes does not fit 64 bits$"):
         make(max_bytes=2**63)
