@@ -497,11 +497,18 @@ cdef class Metadata:
             raise (DetachedRecord if is_home < 0 else ForeignRecord)(target.client_id)
         return target
 
+    cdef PyObject *read(self, object record, wsf_metadata *metadata) except? NULL:
+        """The token of a record, which was attached a moment ago."""
+        cdef PyObject *token = _records.read_extras(<PyObject *>record, metadata)
+        if token == NULL and _records.is_home(<PyObject *>self._registry, <PyObject *>record) != 1:
+            raise DetachedRecord(record.client_id)  # it may have had one until then
+        return token
+
     def get(self, target, key, default=None):
         cdef wsf_metadata metadata
         cdef object record = self.resolve(target)
         cdef str name = exact_text(key, "metadata key")
-        cdef PyObject *token = _records.read_extras(<PyObject *>record, &metadata)
+        cdef PyObject *token = self.read(record, &metadata)
         try:
             return default if metadata.mapping == NULL else (<dict>metadata.mapping).get(name, default)
         finally:
@@ -510,7 +517,7 @@ cdef class Metadata:
     def snapshot(self, target):
         cdef wsf_metadata metadata
         cdef object record = self.resolve(target)
-        cdef PyObject *token = _records.read_extras(<PyObject *>record, &metadata)
+        cdef PyObject *token = self.read(record, &metadata)
         try:
             mapping = _NOTHING if metadata.mapping == NULL else MappingProxyType(<object>metadata.mapping)
             return Snapshot(metadata.version, mapping)
