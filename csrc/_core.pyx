@@ -441,7 +441,7 @@ cdef class ConnectionMeta:
     @permissions.setter
     def permissions(self, value):
         cdef _Settings settings = _settings_of(self)
-        _assign_shared(self, settings, &self.r.objects[WSF_PERMISSIONS], settings.permission_set(value))
+        _assign_permissions(self, settings, settings.permission_set(value))
 
     @property
     def tags(self):
@@ -716,15 +716,15 @@ cdef int _assign(ConnectionMeta meta, PyObject **field, object value) except -1:
     return 0
 
 
-cdef int _assign_shared(ConnectionMeta meta, _Settings settings, PyObject **field, object value) except -1:
-    """Store a permission set, None as NULL, in a field of an attached record."""
+cdef int _assign_permissions(ConnectionMeta meta, _Settings settings, object value) except -1:
+    """Give an attached record a permission set, or None."""
     cdef PyObject *old = NULL
     cdef PyObject *stored = NULL
     if value is not None:
         value = settings.use(value)
         Py_INCREF(value)  # for the field; given back below if the record is detached
         stored = <PyObject *>value
-    if not wsf_record_swap(&meta.r, field, stored, &old):
+    if not wsf_record_swap(&meta.r, &meta.r.objects[WSF_PERMISSIONS], stored, &old):
         if stored != NULL:
             settings.give_back(value)
             Py_DECREF(value)
@@ -762,13 +762,12 @@ cdef int _update_extras(ConnectionMeta meta, dict metadata, dict extensions, bin
         expected = NULL if former is None else <PyObject *>former
         if keep and former is not None and former.extensions is not None:
             return 0
-        if former is None:
-            extras = _make_extras(metadata, extensions)
-        elif metadata is None:
-            extras = _make_extras(former.metadata, extensions, former.version, former.nbytes)
+        if metadata is not None:
+            extras = _next_extras(expected, metadata, -1)
+        elif former is None:
+            extras = _make_extras(None, extensions)
         else:
-            extras = _make_extras(metadata, former.extensions, former.version)
-        extras.version += metadata is not None
+            extras = _make_extras(former.metadata, extensions, former.version, former.nbytes)
         outcome = _replace_extras(<PyObject *>meta, expected, <PyObject *>extras, &old)
     if outcome == 0 and not keep:
         raise DetachedRecord(meta.client_id)
@@ -787,24 +786,25 @@ cdef int _check_outcome(ConnectionMeta meta, int outcome) except -1:
     return 0
 
 
-cdef int _set_user(ConnectionMeta meta, str name) except -1:
+ctypedef int (*_name_setter)(wsf_index *, wsf_record *, PyObject *, wsf_trash *) noexcept
+
+
+cdef inline int _set_name(ConnectionMeta meta, _name_setter setter, str name) except -1:
     cdef wsf_trash trash
     wsf_trash_init(&trash)
-    cdef int outcome = wsf_index_set_user(
+    cdef int outcome = setter(
         &meta.r.shard.core.index, &meta.r, NULL if name is None else <PyObject *>name, &trash
     )
     wsf_trash_release(&trash)
     return _check_outcome(meta, outcome)
+
+
+cdef int _set_user(ConnectionMeta meta, str name) except -1:
+    return _set_name(meta, wsf_index_set_user, name)
 
 
 cdef int _set_device_type(ConnectionMeta meta, str name) except -1:
-    cdef wsf_trash trash
-    wsf_trash_init(&trash)
-    cdef int outcome = wsf_index_set_device_type(
-        &meta.r.shard.core.index, &meta.r, NULL if name is None else <PyObject *>name, &trash
-    )
-    wsf_trash_release(&trash)
-    return _check_outcome(meta, outcome)
+    return _set_name(meta, wsf_index_set_device_type, name)
 
 
 cdef int _set_tags(ConnectionMeta meta, dict tags, str device_type) except -1:

@@ -338,20 +338,16 @@ cdef inline _Edit _new_edit(object condition, bint is_whole):
 @cython.freelist(32)
 cdef class Change:
     cdef readonly object conn
+    cdef readonly str key
     cdef readonly object old
     cdef readonly object new
     cdef readonly int64_t version
-    cdef _Plan plan
 
     def __init__(self, *_args, **_kwargs):
         raise TypeError("changes are made by Metadata")
 
     def __reduce__(self):
         raise TypeError("a Change cannot be copied or pickled")
-
-    @property
-    def key(self):
-        return self.plan.key
 
     @property
     def client_id(self):
@@ -361,10 +357,10 @@ cdef class Change:
         return f"<Change of {self.key!r} of {self.client_id!r}, version {self.version}>"
 
 
-cdef inline Change _make_change(object conn, _Plan plan, object old, object new, int64_t version):
+cdef inline Change _make_change(object conn, str key, object old, object new, int64_t version):
     cdef Change change = Change.__new__(Change)
     change.conn = conn
-    change.plan = plan
+    change.key = key
     change.old = old
     change.new = new
     change.version = version
@@ -386,14 +382,14 @@ cdef class _Step:
 
     cdef int note(self, _Plan plan, object old, object new) except -1:
         self.has_notifiers = self.has_notifiers or len(plan.notifiers) != 0
-        self.changes.append(_make_change(self.record, plan, old, new, self.version + 1))
+        self.changes.append(_make_change(self.record, plan.key, old, new, self.version + 1))
         return 0
 
     cdef list changes_of(self, object record):
         cdef Change each
         if record is self.record:
             return self.changes
-        return [_make_change(record, each.plan, each.old, each.new, each.version) for each in self.changes]
+        return [_make_change(record, each.key, each.old, each.new, each.version) for each in self.changes]
 
 
 @cython.final
@@ -534,16 +530,15 @@ cdef class Metadata:
         return self.change(record, edit)
 
     def update(self, target, changes, *, if_version=None):
-        cdef object record = self.resolve(target)
-        cdef dict values = _by_key(changes, "changes")
-        cdef _Edit edit = self.edit(if_version, False)
-        self.take_all(edit, values)
-        return self.change(record, edit)
+        return self.change_keys(target, changes, "changes", if_version, False)
 
     def replace(self, target, metadata, *, if_version=None):
+        return self.change_keys(target, metadata, "metadata", if_version, True)
+
+    cdef object change_keys(self, object target, object given, str argument, object if_version, bint is_whole):
         cdef object record = self.resolve(target)
-        cdef dict values = _by_key(metadata, "metadata")
-        cdef _Edit edit = self.edit(if_version, True)
+        cdef dict values = _by_key(given, argument)
+        cdef _Edit edit = self.edit(if_version, is_whole)
         self.take_all(edit, values)
         return self.change(record, edit)
 
@@ -691,7 +686,7 @@ cdef class Metadata:
         cdef PyObject *token
         cdef int outcome = -1
         while outcome < 0:
-            token = _records.read_extras(<PyObject *>record, &metadata)
+            token = self.read(record, &metadata)
             try:
                 self.check_condition(record, edit, metadata.version)
                 if step is None or token != (NULL if step.former is None else <PyObject *>step.former):
@@ -706,8 +701,6 @@ cdef class Metadata:
         return step
 
     cdef int check_condition(self, object record, _Edit edit, int64_t version) except -1:
-        if _records.is_home(<PyObject *>self._registry, <PyObject *>record) != 1:
-            raise DetachedRecord(record.client_id)
         if edit.condition is not None and edit.condition != version:
             WSF_ADD64(&self.conflict_total, 1)
             raise VersionConflict(record.client_id, edit.condition, version)
@@ -737,16 +730,17 @@ cdef class Metadata:
 
     cdef int64_t fill(self, _Step step, dict former, list items) except -1:
         """Put the items into the new metadata. Returns how many keys it would have with those that were rejected."""
-        cdef set rejected = None
+        cdef Py_ssize_t more = 0
         cdef _Item item
         cdef str key
         for each in items:
             item = <_Item>each
             key = item.plan.key
             before = step.mapping.get(key, MISSING)
+            if before is not MISSING:
+                step.nbytes -= self.entry_bytes(key, before)
             if item.is_bad:
-                rejected = {key} if rejected is None else rejected | {key}
-                step.nbytes -= 0 if before is MISSING else self.entry_bytes(key, before)
+                more += before is MISSING
                 continue
             if item.value is not MISSING:
                 step.mapping[key] = item.value
@@ -755,10 +749,8 @@ cdef class Metadata:
                 continue
             else:
                 del step.mapping[key]
-            if before is not MISSING:
-                step.nbytes -= self.entry_bytes(key, before)
             step.note(item.plan, former.get(key, MISSING), item.value)
-        return len(step.mapping) + (0 if rejected is None else len(rejected.difference(step.mapping)))
+        return len(step.mapping) + more
 
     cdef int check_limits(
         self, _Edit edit, _Step step, int64_t keys, int64_t former_keys, int64_t former_bytes
@@ -874,7 +866,7 @@ cdef class Metadata:
         try:
             for each in announcement.changes:
                 change = <Change>each
-                for rule in self.plan_of(change.plan.key).notifiers:  # others, perhaps, than when it was made
+                for rule in self.plan_of(change.key).notifiers:  # others, perhaps, than when it was made
                     self.notify(<_Rule>rule, change, announcement.depth + 1)
             if announcement.is_wanted:
                 self.call(self.publish, tuple(announcement.changes), announcement.changes[0])

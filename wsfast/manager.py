@@ -20,6 +20,7 @@ import secrets
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from time import monotonic_ns, perf_counter
 from types import TracebackType
@@ -267,7 +268,6 @@ class ConnectionManager:
         )
         self._health = None if health is None else _make_monitor(health, registry)
         self._metadata = self._make_metadata(metadata)
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._heartbeat: Heartbeat | None = None
         self._too_slow = Closed(backpressure.code, backpressure.reason, "us")
         self._drain = drain
@@ -338,8 +338,7 @@ class ConnectionManager:
         self._thread = threading.get_ident()
         if self._health is not None:
             self._heartbeat = Heartbeat(self._health, self._registry, self._delivery, self._events, self._end_dead)
-        self._loop = asyncio.get_running_loop()
-        self._metadata.run_on(self._thread, self._wake_to_announce)
+        self._metadata.run_on(self._thread, partial(self._wake_to_announce, asyncio.get_running_loop()))
         self._state = "open"
 
     async def close(self, timeout_s: float = 10.0) -> CloseReport:
@@ -669,11 +668,10 @@ class ConnectionManager:
         last = changes[-1]
         self._events.publish(MetadataChanged(last.conn, last.version, changes))
 
-    def _wake_to_announce(self) -> None:
+    def _wake_to_announce(self, loop: asyncio.AbstractEventLoop) -> None:
         """Another thread has changed metadata."""
-        assert self._loop is not None
         try:
-            self._loop.call_soon_threadsafe(self._metadata.announce)
+            loop.call_soon_threadsafe(self._metadata.announce)
         except RuntimeError:
             logger.warning("the loop is closed: changes of metadata are not announced")
 

@@ -187,10 +187,8 @@ class ExponentialBackoff(_Tries):
 
 
 @dataclass(frozen=True, slots=True)
-class FullJitter(_Tries):
-    """``random() * min(cap_s, base_s * 2**attempt)``: "Full Jitter" of M. Brooker, "Exponential Backoff And Jitter",
-    AWS Architecture Blog, 2015. Calls ``random`` once.
-    """
+class _Backoff(_Tries):
+    """What the strategies of the article below have in common."""
 
     base_s: float = 1.0
     cap_s: float = 60.0
@@ -198,23 +196,23 @@ class FullJitter(_Tries):
 
     def __post_init__(self) -> None:
         _check_backoff(self.base_s, self.cap_s, self.max_attempts)
+
+
+@dataclass(frozen=True, slots=True)
+class FullJitter(_Backoff):
+    """``random() * min(cap_s, base_s * 2**attempt)``: "Full Jitter" of M. Brooker, "Exponential Backoff And Jitter",
+    AWS Architecture Blog, 2015. Calls ``random`` once.
+    """
 
     def wait_s(self, attempt: int, previous_s: float, random: Random) -> float:
         return _backoff_s(self.base_s, self.cap_s, attempt) * random()
 
 
 @dataclass(frozen=True, slots=True)
-class EqualJitter(_Tries):
+class EqualJitter(_Backoff):
     """``b / 2 + random() * b / 2`` with ``b = min(cap_s, base_s * 2**attempt)``: "Equal Jitter" of the same article.
     Never soon, for a price in how well it spreads. Calls ``random`` once.
     """
-
-    base_s: float = 1.0
-    cap_s: float = 60.0
-    max_attempts: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_backoff(self.base_s, self.cap_s, self.max_attempts)
 
     def wait_s(self, attempt: int, previous_s: float, random: Random) -> float:
         half_s = _backoff_s(self.base_s, self.cap_s, attempt) / 2
@@ -222,20 +220,13 @@ class EqualJitter(_Tries):
 
 
 @dataclass(frozen=True, slots=True)
-class DecorrelatedJitter(_Tries):
+class DecorrelatedJitter(_Backoff):
     """``min(cap_s, base_s + random() * (3 * p - base_s))``, where ``p`` is the previous wait and at least ``base_s``:
     "Decorrelated Jitter" of the same article. Calls ``random`` once.
 
     Once waits come near the cap, most of them are the cap itself, as in the article: in long outages only the spread
     that came before is left.
     """
-
-    base_s: float = 1.0
-    cap_s: float = 60.0
-    max_attempts: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_backoff(self.base_s, self.cap_s, self.max_attempts)
 
     def wait_s(self, attempt: int, previous_s: float, random: Random) -> float:
         previous_s = max(self.base_s, previous_s)

@@ -1058,22 +1058,20 @@ class _Indexes:
             return True
 
     def move_user(self, record: ConnectionMeta, user_id: str | None) -> None:
-        with self._lock:
-            self._check_attached(record)
-            if record._user_id is not None:
-                _discard(self._users, record._user_id, record)
-            record._user_id = user_id
-            if user_id is not None:
-                _insert(self._users, user_id, record)
+        self._move(record, "_user_id", self._users, user_id)
 
     def move_device_type(self, record: ConnectionMeta, device_type: str | None) -> None:
+        self._move(record, "_device_type", self._device_types, device_type)
+
+    def _move(self, record: ConnectionMeta, slot: str, index: _Index[str], name: str | None) -> None:
         with self._lock:
             self._check_attached(record)
-            if record._device_type is not None:
-                _discard(self._device_types, record._device_type, record)
-            record._device_type = device_type
-            if device_type is not None:
-                _insert(self._device_types, device_type, record)
+            before = getattr(record, slot)
+            if before is not None:
+                _discard(index, before, record)
+            setattr(record, slot, name)
+            if name is not None:
+                _insert(index, name, record)
 
     def move_tags(self, record: ConnectionMeta, tags: Mapping[str, str]) -> None:
         with self._lock:
