@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "events": {"errors"},
     "adapters": set(),
     "reconnect": {"errors"},
+    "session": {"errors"},
     "delivery": {"errors", "adapters", "events", "_fanout"},
     "health": {"errors", "_health"},
     "heartbeat": {"_health", "adapters", "events"},

@@ -16,6 +16,9 @@
     │  ├─ DetachedRecord           also RuntimeError: the record was removed from its registry
     │  ├─ WrongThread              also RuntimeError: called off the event loop's thread
     │  └─ ManagerClosed            also RuntimeError: the manager is closed, or was never started
+    ├─ BadHandshake                a peer does not keep to the protocol of resume (docs/resume.md)
+    ├─ ClientClosed                a client that reconnects has ended, or will not come back; has ``because``
+    ├─ QueueFull                   a client that is away has as much to send as it may keep
     └─ PeerError                   the fault of one connection; has ``client_id``
        ├─ PeerClosed               the connection is closed; has ``code`` and ``reason``
        ├─ PeerTooSlow              the connection does not keep up, so a message to it was dropped
@@ -31,6 +34,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 __all__ = [
+    "BadHandshake",
+    "ClientClosed",
     "DetachedRecord",
     "DuplicateConnection",
     "ForeignRecord",
@@ -46,6 +51,7 @@ __all__ = [
     "PeerTooSlow",
     "PermissionDenied",
     "Problem",
+    "QueueFull",
     "UnknownConnection",
     "UsageError",
     "VersionConflict",
@@ -250,6 +256,50 @@ class ManagerClosed(UsageError, RuntimeError):
 
     def __str__(self) -> str:
         return f"the manager is {self.state}"
+
+
+class BadHandshake(WsfastError):
+    """A peer has agreed to the protocol of resume and does not keep to it. Attribute: ``problem``, as a sentence."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return self.problem
+
+
+class ClientClosed(WsfastError):
+    """A client that reconnects has no connection, and will not have one any more.
+
+    Attributes:
+        because: "closed" by the application; "forbidden" by the server, which must not be tried again; or "given up",
+            as its strategy says after so many attempts.
+        code: with which the last connection was closed (RFC 6455, 7.4), or the status that its handshake got (HTTP).
+        reason: the text that came with it; may be empty.
+    """
+
+    def __init__(self, because: str, code: int = 1006, reason: str = "") -> None:
+        super().__init__(because, code, reason)
+        self.because = because
+        self.code = code
+        self.reason = reason
+
+    def __str__(self) -> str:
+        with_reason = f" {_shown(self.reason)}" if self.reason else ""
+        return f"the client is closed ({self.because}): {self.code}{with_reason}"
+
+
+class QueueFull(WsfastError):
+    """A client that is away has as much to send as it may keep. Attributes: ``messages``, ``nbytes`` that are kept."""
+
+    def __init__(self, messages: int, nbytes: int) -> None:
+        super().__init__(messages, nbytes)
+        self.messages = messages
+        self.nbytes = nbytes
+
+    def __str__(self) -> str:
+        return f"{self.messages} messages of {self.nbytes} bytes wait for the connection: no more are kept"
 
 
 class PeerError(WsfastError):
