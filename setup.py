@@ -48,7 +48,7 @@ def extension(name: str, sources: list[str]) -> Extension:
 
 core = extension("_core", ["core", "index", "platform", "table"])
 health = extension("_health", ["platform", "slab", "table", "tcpinfo", "vitals"])
-fanout = extension("_fanout", ["fanout", "frame", "outbox", "platform", "pool", "table"])
+fanout = extension("_fanout", ["backlog", "fanout", "frame", "outbox", "platform", "pool", "table"])
 metadata = extension("_metadata", ["platform"])
 
 setup(

@@ -151,6 +151,10 @@ cdef class Message:
     def disconnected(self):
         return self.message.tally.disconnected
 
+    @property
+    def away(self):
+        return self.message.tally.away
+
     def miss(self, count):
         self.message.tally.targets += <uint32_t>count
         self.message.tally.dropped += <uint32_t>count
@@ -235,6 +239,22 @@ cdef class Link:
         return self.link.facts & (WSF_OPEN | WSF_DIRECT | WSF_UNSURE | WSF_WAITS) == WSF_OPEN | WSF_DIRECT
 
     @property
+    def is_away(self):
+        return self.link.facts & WSF_AWAY != 0
+
+    @property
+    def is_behind(self):
+        return self.link.facts & WSF_BEHIND != 0
+
+    @property
+    def has_session(self):
+        return self.link.cursor != NULL
+
+    @property
+    def owed(self):
+        return 0 if self.link.cursor == NULL else self.link.cursor.recorded - self.link.cursor.handed
+
+    @property
     def messages(self):
         return self.link.outbox.count
 
@@ -280,6 +300,15 @@ cdef class Link:
         cdef Fanout owner = self.of()
         if owner is not None:
             owner.ponged(self, payload)
+
+    def pass_on(self, payload, is_text):
+        cdef Fanout owner = self.of()
+        if owner is not None:
+            owner.passed_on(self, payload, is_text)
+
+    def leave(self):
+        if self.of() is not None:
+            Py_CLEAR(self.held_ws)
 
     def direct(self, fd):
         cdef int number = fd
@@ -455,6 +484,7 @@ cdef class Fanout:
     cdef object buffered  # returns how many bytes its transport has
     cdef object held  # whose ping cannot leave, or can again
     cdef object ponged  # and with the payload of a pong that has come
+    cdef object passed_on  # and with a message of the library's own
     cdef object clock  # None: the system's
     cdef list encoders  # of the variants from 1
     cdef list uncounted  # links of records that are not the core's, for which something was sent
@@ -462,7 +492,8 @@ cdef class Fanout:
     cdef size_t target_capacity
 
     def __cinit__(
-        self, *, wake_up, hand_over, has_room, buffered, held, ponged, policy, max_bytes, low_bytes, max_age_ns, max_total_bytes, helpers=0, clock=None
+        self, *, wake_up, hand_over, has_room, buffered, held, ponged, passed_on, policy, max_bytes, low_bytes, max_age_ns,
+        max_total_bytes, kept_messages=0, kept_bytes=0, kept_age_ns=0, helpers=0, clock=None
     ):
         cdef wsf_limits limits
         memset(&limits, 0, sizeof(limits))
@@ -479,6 +510,7 @@ cdef class Fanout:
         self.has_room = has_room
         self.held = held
         self.ponged = ponged
+        self.passed_on = passed_on
         self.buffered = buffered
         self.clock = clock
         self.encoders = []
@@ -486,6 +518,9 @@ cdef class Fanout:
         self.fanout = wsf_fanout_new(&limits)
         if self.fanout == NULL:
             raise MemoryError
+        self.fanout.backlog.limits.max_messages = _whole(kept_messages, "kept_messages", 0)
+        self.fanout.backlog.limits.max_bytes = _whole(kept_bytes, "kept_bytes", 0)
+        self.fanout.backlog.limits.max_age_ns = <int64_t>_whole(kept_age_ns, "kept_age_ns", 0)
 
     def __dealloc__(self):
         cdef wsf_message *message
@@ -579,6 +614,13 @@ cdef class Fanout:
         return len(self.encoders)
 
     def admit(self, record, ws, variant=0, keeps_views=False):
+        cdef Link link = self._new_link(record, variant, keeps_views)
+        if wsf_fanout_find(self.fanout, <PyObject *>record) != NULL:
+            raise ValueError(f"{record!r} has a link already")
+        self._admit(link, record, ws)
+        return link
+
+    cdef Link _new_link(self, record, variant, keeps_views):
         cdef uint32_t number = <uint32_t>_whole(variant, "variant", 0)
         cdef Link link
         self.check()
@@ -596,18 +638,19 @@ cdef class Fanout:
         link.link.variant = number
         link.link.fd = -1
         link.link.keeps_views = bool(keeps_views)
-        if wsf_fanout_find(self.fanout, <PyObject *>record) != NULL:
-            raise ValueError(f"{record!r} has a link already")
+        return link
+
+    cdef int _admit(self, Link link, record, ws) except -1:
         if wsf_fanout_admit(self.fanout, link.link) != WSF_OK:
             raise MemoryError
-        link.link.facts = WSF_OPEN
+        link.link.facts |= WSF_OPEN
         Py_INCREF(link)  # for the table
         Py_INCREF(record)
         Py_INCREF(ws)
         link.held_record = <PyObject *>record
         link.held_ws = <PyObject *>ws
         link.fanout = <PyObject *>self
-        return link
+        return 0
 
     def forget(self, Link link not None):
         cdef Fanout owner = link.of()
@@ -625,6 +668,58 @@ cdef class Fanout:
         Py_DECREF(link)  # the table's; the caller has another one
         Py_CLEAR(link.held_ws)
         Py_CLEAR(link.held_record)
+
+    # ---- sessions
+
+    def begin_session(self, Link link not None):
+        self._own(link)
+        if link.link.cursor != NULL:
+            raise ValueError(f"{link!r} has a session already")
+        if wsf_link_begin_session(self.fanout, link.link) != WSF_OK:
+            raise MemoryError
+
+    def resume(self, Link link not None, ws, variant, keeps_views, received):
+        cdef uint64_t count = _whole(received, "received", 0)
+        cdef Link newer
+        self._own(link)
+        record = link.record
+        newer = self._new_link(record, variant, keeps_views)
+        link.close()
+        if link.fanout == NULL or not wsf_link_rewind(self.fanout, link.link, count):
+            return None
+        wsf_link_take_session(self.fanout, newer.link, link.link)
+        self.forget(link)
+        try:
+            self._admit(newer, record, ws)
+        except MemoryError:
+            wsf_link_end_session(self.fanout, newer.link)
+            raise
+        return newer
+
+    def greet(self, Link link not None, payload, now_ns):
+        cdef Message message = self._message(payload, WSF_TEXT, now_ns, None)
+        cdef wsf_frame *frame = message.frames[0]
+        self._own(link)
+        self.fanout.now_ns = message.message.created_ns
+        message.frames[0] = NULL  # stolen
+        if wsf_link_greet(self.fanout, link.link, frame) != WSF_OK:
+            message.frames[0] = frame
+            raise MemoryError
+        self.tell()
+
+    def expire_kept(self, now_ns):
+        self.check()
+        wsf_backlog_expire(&self.fanout.backlog, now_ns)
+
+    @property
+    def sessions(self):
+        return self.fanout.sessions
+
+    cdef int _own(self, Link link) except -1:
+        self.check()
+        if link.fanout != <PyObject *>self:
+            raise ValueError(f"{link!r} belongs to another fan-out")
+        return 0
 
     def get(self, record):
         cdef wsf_link *link = wsf_fanout_find(self.fanout, <PyObject *>record)
@@ -661,7 +756,8 @@ cdef class Fanout:
         message.encode(0, opcode, payload)
         return message
 
-    def push(self, Message message not None, list records, left_out=(), is_late=False):
+    def push(self, Message message not None, list records, left_out=(), is_late=False, log=0):
+        cdef uint64_t key = <uint64_t>log
         cdef list doubtful, strangers = []
         cdef list excluded = list(left_out)
         cdef wsf_link **links
@@ -687,7 +783,7 @@ cdef class Fanout:
                 if lacking >> variant & 1:
                     self._encode(message, variant)
         self._leave_out(excluded)
-        wsf_fanout_push(self.fanout, links, count, message.frames, is_late)
+        wsf_fanout_push(self.fanout, links, count, message.frames, is_late, key)
         self.tell()
         return strangers
 
@@ -889,6 +985,9 @@ cdef class Fanout:
             "links": self.fanout.links.used,
             "waiting": self.fanout.waiting_count,
             "queued_bytes": self.fanout.account,
+            "sessions": self.fanout.sessions,
+            "kept_messages": self.fanout.backlog.count,
+            "kept_bytes": self.fanout.backlog.bytes,
             "helpers": self.helper_count,
         }
 
@@ -917,4 +1016,5 @@ def _live():
         "messages": counters[WSF_LIVE_MESSAGE],
         "frames": counters[WSF_LIVE_FRAME],
         "links": counters[WSF_LIVE_LINK],
+        "logs": counters[WSF_LIVE_LOG],
     }

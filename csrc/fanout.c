@@ -18,6 +18,9 @@
 #define AHEAD 8
 /* Frames in one call for the kernel, which allows 1,024; they lie on the stack. */
 #define MAX_PIECES 256
+/* Frames that are put into an outbox at a time of those that were kept. With WSF_JOIN_BYTES, so much that links which get the
+ * same share one piece, and a client that is slow again has not made us keep its messages twice. */
+#define MAX_AGAIN 256
 
 /* ---- life --------------------------------------------------------------------------------------------------------- */
 
@@ -28,12 +31,14 @@ wsf_fanout *wsf_fanout_new(const wsf_limits *limits)
         return NULL;
     memset(fanout, 0, sizeof *fanout);
     fanout->limits = *limits;
+    wsf_backlog_init(&fanout->backlog, &fanout->account);
     return fanout;
 }
 
 void wsf_fanout_free(wsf_fanout *fanout)
 {
-    WSF_ASSERT(fanout->links.used == 0 && fanout->waiting_count == 0 && fanout->decided == NULL);
+    WSF_ASSERT(fanout->links.used == 0 && fanout->waiting_count == 0 && fanout->decided == NULL && fanout->sessions == 0);
+    wsf_backlog_clear(&fanout->backlog);
     wsf_table_free(&fanout->links, &fanout->table_bytes);
     PyMem_RawFree(fanout->line.links);
     PyMem_RawFree(fanout->later.links);
@@ -196,6 +201,8 @@ static void withdraw_reports(wsf_fanout *fanout, const wsf_link *link)
 static void resolve(wsf_fanout *fanout, wsf_entry entry, uint32_t *outcome)
 {
     wsf_message *message = wsf_entry_frame(entry)->message;
+    if (entry & WSF_AGAIN)
+        return;
     ++*outcome;
     if (entry & WSF_QUEUED) {
         message->tally.queued--;
@@ -306,6 +313,8 @@ static uint32_t drop_front(wsf_fanout *fanout, wsf_link *link, uint64_t keep_byt
         const wsf_message *first = wsf_entry_frame(*wsf_outbox_at(&link->outbox, 0))->message;
         if (judged_bytes(fanout, link) <= keep_bytes && first->created_ns >= before_ns)
             break;
+        if (*wsf_outbox_at(&link->outbox, 0) & WSF_AGAIN)
+            break; /* its client counts on it; there are no more of them than fit one write */
         if (dropped.messages++ == 0)
             dropped.age_s = age_s(fanout, first->created_ns);
         wsf_entry entry = wsf_outbox_pop(&link->outbox, &fanout->account);
@@ -323,6 +332,22 @@ static uint32_t drop_front(wsf_fanout *fanout, wsf_link *link, uint64_t keep_byt
 }
 
 #define OF_ANY_AGE INT64_MIN
+
+/* Keep what waits for a link whose client may come back. */
+static void keep_all(wsf_fanout *fanout, wsf_link *link)
+{
+    while (link->outbox.count != 0) {
+        wsf_entry entry = wsf_outbox_pop(&link->outbox, &fanout->account);
+        wsf_frame *frame = wsf_entry_frame(entry);
+        if (!(entry & WSF_AGAIN)) {
+            link->lost_bytes += frame->size;
+            wsf_cursor_add(&fanout->backlog, link->cursor, frame->message, 0);
+            resolve(fanout, entry, &frame->message->tally.away);
+        }
+        wsf_frame_release(frame);
+    }
+    note_room(fanout, link);
+}
 
 static uint32_t drop_all(wsf_fanout *fanout, wsf_link *link, int cause)
 {
@@ -344,7 +369,7 @@ static void begin_waiting(wsf_fanout *fanout, wsf_link *link)
     line_leave(fanout, &fanout->line, link, WSF_IN_LINE);
     for (uint32_t place = 0; place < link->outbox.count; place++) {
         wsf_entry *entry = wsf_outbox_at(&link->outbox, place);
-        if (!(*entry & WSF_QUEUED)) {
+        if (!(*entry & (WSF_QUEUED | WSF_AGAIN))) {
             resolve(fanout, *entry, &tally_of(*entry)->queued);
             *entry |= WSF_QUEUED;
         }
@@ -354,6 +379,29 @@ static void begin_waiting(wsf_fanout *fanout, wsf_link *link)
 
 static int has_something(const wsf_link *link) { return link->outbox.count != 0 || link->control != NULL; }
 
+static void give_up(wsf_fanout *fanout, wsf_link *link, int cause);
+
+/* Put the next of what is kept into the outbox of a link that has nothing there. When nothing is left, it has caught up. */
+static void refill(wsf_fanout *fanout, wsf_link *link)
+{
+    wsf_outbox *outbox = &link->outbox;
+    wsf_frame *frame;
+    if (!(link->facts & WSF_BEHIND) || outbox->count > 1)
+        return;
+    while ((frame = wsf_cursor_peek(link->cursor)) != NULL) {
+        if (outbox->count == MAX_AGAIN || (outbox->count != 0 && outbox->bytes + frame->size > WSF_JOIN_BYTES))
+            return;
+        if (wsf_outbox_push(outbox, &fanout->account, frame, WSF_AGAIN) != WSF_OK)
+            return; /* when this has been sent, there may be memory; the first needs none */
+        wsf_frame_retain(frame, 1);
+        wsf_cursor_take(link->cursor);
+    }
+    if (link->cursor->is_broken)
+        give_up(fanout, link, WSF_BY_BYTES); /* it came too late for what the log had */
+    else
+        link->facts &= ~(uint32_t)WSF_BEHIND;
+}
+
 static void end_waiting(wsf_fanout *fanout, wsf_link *link)
 {
     wsf_link *last = fanout->waiting[--fanout->waiting_count];
@@ -361,6 +409,8 @@ static void end_waiting(wsf_fanout *fanout, wsf_link *link)
     last->waiting_at = link->waiting_at;
     if (wsf_link_bytes(link) <= fanout->limits.low_bytes)
         link->facts &= ~(uint32_t)WSF_SHEDDING;
+    if (link->outbox.count == 0)
+        refill(fanout, link);
     if (has_something(link))
         line_push(fanout, &fanout->line, link, WSF_IN_LINE);
 }
@@ -423,9 +473,68 @@ void wsf_link_block(wsf_fanout *fanout, wsf_link *link, uint64_t in_transport)
 
 void wsf_link_close(wsf_fanout *fanout, wsf_link *link, int cause)
 {
-    link->facts &= ~(uint32_t)(WSF_OPEN | WSF_DIRECT);
+    link->facts &= ~(uint32_t)(WSF_OPEN | WSF_DIRECT | WSF_BEHIND);
     end_control(fanout, link, 0);
-    (void)drop_all(fanout, link, cause);
+    if (link->cursor != NULL) {
+        link->facts |= WSF_AWAY;
+        keep_all(fanout, link);
+    } else {
+        (void)drop_all(fanout, link, cause);
+    }
+}
+
+/* ---- sessions ------------------------------------------------------------------------------------------------------------ */
+
+int wsf_link_begin_session(wsf_fanout *fanout, wsf_link *link)
+{
+    link->cursor = PyMem_RawMalloc(sizeof *link->cursor);
+    if (link->cursor == NULL)
+        return WSF_NO_MEMORY;
+    memset(link->cursor, 0, sizeof *link->cursor);
+    (void)WSF_ADD64(&fanout->account, (int64_t)sizeof *link->cursor);
+    link->facts |= WSF_BEHIND;
+    fanout->sessions++;
+    return WSF_OK;
+}
+
+void wsf_link_end_session(wsf_fanout *fanout, wsf_link *link)
+{
+    if (link->cursor == NULL)
+        return;
+    fanout->totals.dropped[WSF_BY_END] += link->cursor->recorded - link->cursor->handed;
+    wsf_cursor_clear(&fanout->backlog, link->cursor);
+    (void)WSF_ADD64(&fanout->account, -(int64_t)sizeof *link->cursor);
+    PyMem_RawFree(link->cursor);
+    link->cursor = NULL;
+    link->facts &= ~(uint32_t)WSF_KEEPS;
+    if (--fanout->sessions == 0)
+        wsf_backlog_clear(&fanout->backlog); /* for nobody */
+}
+
+int wsf_link_rewind(wsf_fanout *fanout, wsf_link *link, uint64_t received)
+{
+    wsf_backlog_expire(&fanout->backlog, fanout->now_ns);
+    return link->cursor != NULL && wsf_cursor_rewind(&fanout->backlog, link->cursor, received);
+}
+
+void wsf_link_take_session(wsf_fanout *fanout, wsf_link *link, wsf_link *other)
+{
+    (void)fanout;
+    link->cursor = other->cursor;
+    link->facts |= WSF_BEHIND;
+    other->cursor = NULL;
+    other->facts &= ~(uint32_t)WSF_KEEPS;
+}
+
+int wsf_link_greet(wsf_fanout *fanout, wsf_link *link, wsf_frame *frame)
+{
+    int outcome = wsf_outbox_push(&link->outbox, &fanout->account, frame, WSF_AGAIN);
+    if (outcome != WSF_OK)
+        return outcome;
+    refill(fanout, link);
+    if (!(link->facts & WSF_WAITS) && has_something(link))
+        line_push(fanout, &fanout->line, link, WSF_IN_LINE);
+    return WSF_OK;
 }
 
 void wsf_fanout_forget(wsf_fanout *fanout, wsf_link *link)
@@ -447,6 +556,7 @@ void wsf_fanout_forget(wsf_fanout *fanout, wsf_link *link)
     line_leave(fanout, &fanout->line, link, WSF_IN_LINE);
     line_leave(fanout, &fanout->later, link, WSF_LATER);
     withdraw_reports(fanout, link);
+    wsf_link_end_session(fanout, link);
     wsf_link *last = fanout->all[fanout->links.used - 1];
     fanout->all[link->all_at] = last;
     last->all_at = link->all_at;
@@ -460,7 +570,7 @@ void wsf_fanout_forget(wsf_fanout *fanout, wsf_link *link)
 static int64_t waits_since_ns(wsf_link *link)
 {
     int64_t since_ns = (link->facts & WSF_BLOCKED) ? link->blocked_ns : INT64_MAX;
-    if (link->outbox.count != 0) {
+    if (link->outbox.count != 0 && !(*wsf_outbox_at(&link->outbox, 0) & WSF_AGAIN)) {
         int64_t created_ns = wsf_entry_frame(*wsf_outbox_at(&link->outbox, 0))->message->created_ns;
         since_ns = created_ns < since_ns ? created_ns : since_ns;
     }
@@ -555,7 +665,7 @@ static int replace(wsf_fanout *fanout, wsf_link *link, wsf_frame *frame)
 {
     wsf_tally *tally = &frame->message->tally;
     int64_t place = wsf_outbox_find(&link->outbox, &fanout->account, frame->message->key);
-    if (place < 0)
+    if (place < 0 || (*wsf_outbox_at(&link->outbox, (uint32_t)place) & WSF_AGAIN))
         return 0;
     wsf_entry queued = *wsf_outbox_at(&link->outbox, (uint32_t)place) & WSF_QUEUED;
     wsf_entry former = wsf_outbox_replace(&link->outbox, (uint32_t)place, frame, queued);
@@ -590,23 +700,37 @@ static void get_in_line(wsf_fanout *fanout, wsf_link *link, int is_late)
         line_push(fanout, &fanout->line, link, WSF_IN_LINE);
 }
 
+/* The frame is for later: the log has it. */
+static int keep(wsf_fanout *fanout, wsf_link *link, wsf_frame *frame)
+{
+    wsf_cursor_add(&fanout->backlog, link->cursor, frame->message, 0);
+    frame->message->tally.targets++;
+    frame->message->tally.away++;
+    return 0;
+}
+
 /* Whether the link has taken the frame, and the reference to it. The message's tally has it in any case. */
 static int append(wsf_fanout *fanout, wsf_link *link, wsf_frame *frame, int is_late)
 {
     wsf_tally *tally = &frame->message->tally;
     int waits = (link->facts & WSF_WAITS) != 0;
+    if (link->facts & WSF_KEEPS)
+        return keep(fanout, link, frame);
     if ((link->facts & WSF_OPEN) && fanout->limits.policy == WSF_CONFLATE && frame->message->key != NULL &&
         link->outbox.count != 0 && replace(fanout, link, frame)) {
         if (!waits)
             get_in_line(fanout, link, is_late); /* the older one may have been for the end of the window */
         return 1;
     }
-    tally->targets++;
     if (!(link->facts & WSF_OPEN) || (waits && !make_way(fanout, link, frame)) ||
         wsf_outbox_push(&link->outbox, &fanout->account, frame, waits ? WSF_QUEUED : 0) != WSF_OK) {
+        if (link->facts & WSF_AWAY) /* it was given up just now */
+            return keep(fanout, link, frame);
+        tally->targets++;
         tally->dropped++;
         return 0;
     }
+    tally->targets++;
     if (waits) {
         tally->queued++;
         note_peak(link);
@@ -631,10 +755,34 @@ static void retain_for_all(wsf_link *const *links, uint32_t count, wsf_frame *co
             wsf_frame_retain(frames[variant], uses[variant]);
 }
 
-void wsf_fanout_push(wsf_fanout *fanout, wsf_link *const *links, uint32_t count, wsf_frame *const *frames, int is_late)
+/* A key for those who are always sent to together: it does not depend on their order. */
+static uint64_t key_of(wsf_link *const *links, uint32_t count)
+{
+    uint64_t key = count;
+    for (uint32_t i = 0; i < count; i++) {
+        uint64_t mixed = (uint64_t)(uintptr_t)links[i]->record * UINT64_C(0x9E3779B97F4A7C15);
+        key += mixed ^ (mixed >> 32);
+    }
+    return key;
+}
+
+/* Keep the message if it is for anybody who may come back. */
+static void log_message(wsf_fanout *fanout, wsf_link *const *links, uint32_t count, wsf_frame *frame, uint64_t log)
+{
+    for (uint32_t i = 0; i < count; i++)
+        if (links[i]->cursor != NULL && links[i]->left_out_of != fanout->pushes) {
+            wsf_backlog_add(&fanout->backlog, log != 0 ? log : key_of(links, count), frame);
+            return;
+        }
+}
+
+void wsf_fanout_push(wsf_fanout *fanout, wsf_link *const *links, uint32_t count, wsf_frame *const *frames, int is_late,
+                     uint64_t log)
 {
     uint64_t number = ++fanout->pushes;
     fanout->now_ns = frames[0]->message->created_ns;
+    if (fanout->sessions != 0)
+        log_message(fanout, links, count, frames[0], log);
     retain_for_all(links, count, frames);
     for (uint32_t i = 0; i < count; i++) {
         wsf_link *link = links[i];
@@ -843,31 +991,54 @@ void wsf_fanout_send(wsf_fanout *fanout, wsf_pool *pool, int64_t deadline_ns)
 
 /* ---- settle ------------------------------------------------------------------------------------------------------------------- */
 
-/* Take frames out of the outbox: those that lie within the first `sent` bytes have been sent. Returns how many have. */
-static uint32_t take_sent(wsf_fanout *fanout, wsf_link *link, uint64_t sent, uint64_t *payload_bytes)
+/* Messages that were handed over, and the bytes of their payloads. */
+typedef struct {
+    uint64_t messages, bytes;
+} handed_sum;
+
+/* The front of the outbox, which was handed over, with the reference to it. A greeting is no message. */
+static wsf_frame *take_handed(wsf_fanout *fanout, wsf_link *link, int is_queued, handed_sum *sum)
 {
-    uint32_t messages = 0;
-    uint64_t bytes = 0;
-    while (link->outbox.count != 0) {
-        wsf_frame *frame = wsf_entry_frame(*wsf_outbox_at(&link->outbox, 0));
-        if (bytes + frame->size > sent)
-            break;
-        bytes += frame->size;
-        *payload_bytes += frame->message->payload_size;
-        messages++;
-        wsf_entry entry = wsf_outbox_pop(&link->outbox, &fanout->account);
-        resolve(fanout, entry, &frame->message->tally.sent);
-        wsf_frame_release(frame);
+    wsf_entry entry = wsf_outbox_pop(&link->outbox, &fanout->account);
+    wsf_frame *frame = wsf_entry_frame(entry);
+    wsf_message *message = frame->message;
+    if (!(entry & WSF_AGAIN) || message->log_number != 0) {
+        sum->messages++;
+        sum->bytes += message->payload_size;
     }
-    return messages;
+    if (!(entry & WSF_AGAIN) && link->cursor != NULL)
+        wsf_cursor_add(&fanout->backlog, link->cursor, message, 1);
+    resolve(fanout, entry, is_queued ? &message->tally.queued : &message->tally.sent);
+    return frame;
 }
 
-static void count_sent(wsf_fanout *fanout, wsf_link *link, uint64_t messages, uint64_t bytes, wsf_count count)
+/* Take frames out of the outbox: those that lie within the first `sent` bytes have been sent. */
+static void take_sent(wsf_fanout *fanout, wsf_link *link, uint64_t sent, handed_sum *sum)
 {
-    fanout->totals.messages += messages;
-    fanout->totals.bytes += bytes;
-    if (messages != 0)
-        count(link, messages, bytes);
+    uint64_t bytes = 0;
+    while (link->outbox.count != 0) {
+        bytes += wsf_entry_frame(*wsf_outbox_at(&link->outbox, 0))->size;
+        if (bytes > sent)
+            break;
+        wsf_frame_release(take_handed(fanout, link, 0, sum));
+    }
+}
+
+static void count_sent(wsf_fanout *fanout, wsf_link *link, const handed_sum *sum, wsf_count count)
+{
+    fanout->totals.messages += sum->messages;
+    fanout->totals.bytes += sum->bytes;
+    if (sum->messages != 0)
+        count(link, sum->messages, sum->bytes);
+}
+
+/* Something was handed over and taken: what comes next? */
+static void go_on(wsf_fanout *fanout, wsf_link *link)
+{
+    if (link->outbox.count == 0)
+        refill(fanout, link);
+    if (has_something(link) && !(link->facts & WSF_WAITS))
+        line_push(fanout, &fanout->line, link, WSF_IN_LINE);
 }
 
 void wsf_link_fail(wsf_fanout *fanout, wsf_link *link, uint32_t frames)
@@ -875,7 +1046,7 @@ void wsf_link_fail(wsf_fanout *fanout, wsf_link *link, uint32_t frames)
     fanout->totals.failed++;
     if (link->control != NULL && frames != 0)
         frames--;
-    for (; frames != 0 && link->outbox.count != 0; frames--) {
+    for (; link->cursor == NULL && frames != 0 && link->outbox.count != 0; frames--) {
         wsf_entry entry = wsf_outbox_pop(&link->outbox, &fanout->account);
         resolve(fanout, entry, &tally_of(entry)->failed);
         wsf_frame_release(wsf_entry_frame(entry));
@@ -897,12 +1068,11 @@ static void cut_control(wsf_fanout *fanout, wsf_link *link, uint64_t sent, wsf_r
 /* The same for the frame of the outbox that was begun, or the next one. */
 static void cut_short(wsf_fanout *fanout, wsf_link *link, uint64_t sent, wsf_remainder *remainder, wsf_count count)
 {
-    uint64_t before = link->outbox.bytes, payload_bytes = 0;
-    uint32_t messages = take_sent(fanout, link, sent, &payload_bytes);
+    uint64_t before = link->outbox.bytes;
+    handed_sum sum = {0};
+    take_sent(fanout, link, sent, &sum);
     remainder->offset = (size_t)(sent - (before - link->outbox.bytes));
-    wsf_entry entry = wsf_outbox_pop(&link->outbox, &fanout->account);
-    wsf_frame *frame = wsf_entry_frame(entry);
-    resolve(fanout, entry, &frame->message->tally.queued);
+    wsf_frame *frame = take_handed(fanout, link, 1, &sum);
     remainder->frame = frame;
     remainder->is_shared = link->keeps_views && frame->references > 1;
     if (remainder->is_shared) {
@@ -910,14 +1080,14 @@ static void cut_short(wsf_fanout *fanout, wsf_link *link, uint64_t sent, wsf_rem
         link->rest = frame;
         link->shared = frame->size - remainder->offset;
     }
-    count_sent(fanout, link, messages + 1, payload_bytes + frame->message->payload_size, count);
+    count_sent(fanout, link, &sum, count);
     wsf_link_block(fanout, link, frame->size - remainder->offset);
 }
 
 static int settle_job(wsf_fanout *fanout, const wsf_job *job, wsf_count count, wsf_remainder *remainder)
 {
     wsf_link *link = job->link;
-    uint64_t payload_bytes = 0;
+    handed_sum sum = {0};
     remainder->link = link;
     if (!job->direct) {
         fanout->totals.through++;
@@ -942,23 +1112,26 @@ static int settle_job(wsf_fanout *fanout, const wsf_job *job, wsf_count count, w
         cut_short(fanout, link, sent, remainder, count);
         return WSF_REST;
     }
-    uint32_t messages = take_sent(fanout, link, sent, &payload_bytes);
-    count_sent(fanout, link, messages, payload_bytes, count);
+    take_sent(fanout, link, sent, &sum);
+    count_sent(fanout, link, &sum, count);
     link->facts &= ~(uint32_t)WSF_SHEDDING;
     note_room(fanout, link);
+    go_on(fanout, link);
     return WSF_DONE;
 }
 
 int wsf_fanout_settle(wsf_fanout *fanout, wsf_count count, wsf_remainder *remainder)
 {
     int64_t carried_out = fanout->taken < (int64_t)fanout->job_count ? fanout->taken : (int64_t)fanout->job_count;
+    /* All at once: those that have more to send get in line again while the others are settled. */
+    for (int64_t i = 0; fanout->settled == 0 && i < carried_out; i++) {
+        line_pop(&fanout->line);
+        if (fanout->jobs[i].link != NULL)
+            fanout->jobs[i].link->facts &= ~(uint32_t)WSF_IN_LINE;
+    }
     while (fanout->settled < carried_out) {
         const wsf_job *job = &fanout->jobs[fanout->settled++];
-        line_pop(&fanout->line);
-        if (job->link == NULL)
-            continue;
-        job->link->facts &= ~(uint32_t)WSF_IN_LINE;
-        if (job->size == 0)
+        if (job->link == NULL || job->size == 0)
             continue;
         remainder->what = settle_job(fanout, job, count, remainder);
         if (remainder->what != WSF_DONE)
@@ -981,23 +1154,16 @@ void wsf_link_commit(wsf_fanout *fanout, wsf_link *link, uint32_t frames, uint64
 
 void wsf_link_commit_messages(wsf_fanout *fanout, wsf_link *link, uint32_t frames, uint64_t in_transport, wsf_count count)
 {
-    uint64_t payload_bytes = 0;
-    uint32_t messages = 0;
-    for (; messages < frames && link->outbox.count != 0; messages++) {
-        wsf_entry entry = wsf_outbox_pop(&link->outbox, &fanout->account);
-        wsf_frame *frame = wsf_entry_frame(entry);
-        payload_bytes += frame->message->payload_size;
-        resolve(fanout, entry, in_transport == 0 ? &frame->message->tally.sent : &frame->message->tally.queued);
-        wsf_frame_release(frame);
-    }
-    count_sent(fanout, link, messages, payload_bytes, count);
+    handed_sum sum = {0};
+    for (; frames != 0 && link->outbox.count != 0; frames--)
+        wsf_frame_release(take_handed(fanout, link, in_transport != 0, &sum));
+    count_sent(fanout, link, &sum, count);
     if (in_transport != 0) {
         wsf_link_block(fanout, link, in_transport);
         return;
     }
     note_room(fanout, link);
-    if (has_something(link) && !(link->facts & WSF_WAITS))
-        line_push(fanout, &fanout->line, link, WSF_IN_LINE);
+    go_on(fanout, link);
 }
 
 /* ---- debug build ------------------------------------------------------------------------------------------------------------ */
@@ -1038,10 +1204,18 @@ static void check_link(wsf_fanout *fanout, wsf_link *link)
     for (uint32_t place = 0; place < outbox->count; place++) {
         wsf_entry entry = *wsf_outbox_at(outbox, place);
         const wsf_tally *tally = tally_of(entry);
+        if (entry & WSF_AGAIN)
+            continue;
         WSF_ASSERT(!waits || (entry & WSF_QUEUED));
         WSF_ASSERT((entry & WSF_QUEUED ? tally->queued : tally->pending) != 0);
-        WSF_ASSERT(tally->targets == tally->pending + tally->sent + tally->queued + tally->dropped + tally->failed);
+        WSF_ASSERT(tally->targets ==
+                   tally->pending + tally->sent + tally->queued + tally->dropped + tally->failed + tally->away);
     }
+    WSF_ASSERT(!(link->facts & WSF_AWAY) || !(link->facts & WSF_OPEN));
+    WSF_ASSERT(!(link->facts & WSF_BEHIND) || (link->facts & WSF_OPEN));
+    WSF_ASSERT(!(link->facts & WSF_KEEPS) || link->cursor != NULL);
+    if (link->cursor != NULL)
+        wsf_cursor_check(&fanout->backlog, link->cursor);
 }
 
 /* Messages and frames come on top: others than the links keep them too. */
@@ -1067,6 +1241,7 @@ void wsf_fanout_check(wsf_fanout *fanout)
         waiting += (fanout->all[i]->facts & WSF_WAITS) != 0;
     }
     WSF_ASSERT(waiting == fanout->waiting_count);
+    wsf_backlog_check(&fanout->backlog);
     check_line(fanout, &fanout->line, WSF_IN_LINE);
     check_line(fanout, &fanout->later, WSF_LATER);
     check_account(fanout);

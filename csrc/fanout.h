@@ -18,12 +18,18 @@
  * A link may have one control frame besides, a ping, which leaves before all that waits in the outbox; a newer one takes its
  * place. It counts for no limit. While it cannot leave, and while it is in a transport that is not empty, it is *held*.
  *
+ * A link with a *session* has a cursor besides (backlog.h): what is sent to it can be sent again. When it is closed, what waits
+ * for it is kept, and so is what is pushed to it afterwards: it is *away*. When its client is back, its cursor goes over to the
+ * link of the new connection, which is *behind* until all that was kept has been sent to it: what is pushed to it meanwhile is
+ * kept as well, and comes after that.
+ *
  * Guaranteed: frames leave a link in the order in which they were pushed (a replaced one in its place).
  * Threads: the event loop's only, except send.
  */
 #ifndef WSF_FANOUT_H
 #define WSF_FANOUT_H
 
+#include "backlog.h"
 #include "outbox.h"
 #include "pool.h"
 #include "table.h"
@@ -44,8 +50,11 @@ enum {
     WSF_FRAGMENT = 16, /* a fragmented message of the application is under way */
     WSF_IN_LINE = 32,  /* to be flushed */
     WSF_LATER = 64,    /* to be flushed when the window of a coalesced broadcast ends */
-    WSF_SHEDDING = 128 /* over the limit, and not yet below the mark where dropping ends */
+    WSF_SHEDDING = 128, /* over the limit, and not yet below the mark where dropping ends */
+    WSF_AWAY = 256,     /* closed, and its client may come back */
+    WSF_BEHIND = 512    /* open, and not all that was kept for it has been sent */
 };
+#define WSF_KEEPS (WSF_AWAY | WSF_BEHIND)
 #define WSF_WAITS (WSF_BLOCKED | WSF_FRAGMENT)
 #define WSF_NO_MARK UINT64_MAX
 
@@ -74,6 +83,7 @@ typedef struct wsf_link {
     uint8_t has_control_in_transport, is_held, was_held; /* was: when the owner took it from `holding` */
     uint8_t is_holding; /* it is in `holding` */
     struct wsf_link *next_holding;
+    wsf_cursor *cursor;    /* owned; NULL: it has no session */
     PyObject *record;      /* borrowed; its address is what a link is found by */
     PyObject *handle;      /* borrowed: what the owner of the fan-out knows the link by */
 } wsf_link;
@@ -156,6 +166,8 @@ typedef struct wsf_fanout {
     int64_t now_ns; /* of the call under way */
     /* For those who wait, to be taken by the owner: messages of which nothing is pending any more, each with a reference;
      * and links that have as much room as somebody waits for. */
+    wsf_backlog backlog;
+    uint32_t sessions; /* links that have one */
     wsf_message *decided;
     wsf_link *roomy;
     wsf_link *holding; /* links whose control frame is held since they were taken off, or not any more */
@@ -176,7 +188,7 @@ void wsf_fanout_free(wsf_fanout *fanout);             /* it has forgotten all it
 int wsf_fanout_admit(wsf_fanout *fanout, wsf_link *link);
 /* The link of a record, or NULL. */
 wsf_link *wsf_fanout_find(const wsf_fanout *fanout, const PyObject *record);
-/* Forget a link, and what is reported about it. Close it before. */
+/* Forget a link, what is reported about it, and its session. Close it before. */
 void wsf_fanout_forget(wsf_fanout *fanout, wsf_link *link);
 
 /* Facts. What they say about `line` is kept in step. */
@@ -205,8 +217,21 @@ void wsf_link_close(wsf_fanout *fanout, wsf_link *link, int cause);
 /* Append a message to the outbox of each of these links, but for those whose `left_out_of` is the number of this push
  * (`pushes` + 1): the frame that is frames[variant of the link]. is_late: to be sent at the end of the window rather than
  * of the turn. A link refuses it, and the message's tally has it as dropped, if the link is closed, the policy says so, or
- * there is no memory. */
-void wsf_fanout_push(wsf_fanout *fanout, wsf_link *const *links, uint32_t count, wsf_frame *const *frames, int is_late);
+ * there is no memory. log: the key of the log that keeps it for links with a session; 0: one that only pushes to the same
+ * links use. */
+void wsf_fanout_push(wsf_fanout *fanout, wsf_link *const *links, uint32_t count, wsf_frame *const *frames, int is_late,
+                     uint64_t log);
+
+/* Begin a session: the link is behind until it is greeted. WSF_OK or WSF_NO_MEMORY. It has none. */
+int wsf_link_begin_session(wsf_fanout *fanout, wsf_link *link);
+/* The session of a link that is away, or still looks open, is to go on from where the client says it is. 0: it cannot. */
+int wsf_link_rewind(wsf_fanout *fanout, wsf_link *link, uint64_t received);
+/* Give a link the session of another one, which is closed and no session is left to. The link is behind until it is greeted. */
+void wsf_link_take_session(wsf_fanout *fanout, wsf_link *link, wsf_link *other);
+void wsf_link_end_session(wsf_fanout *fanout, wsf_link *link);
+/* Send this frame, which is counted nowhere, to a link that was not sent anything, and then what is kept for it. The
+ * reference to the frame is stolen. WSF_NO_MEMORY changes nothing. */
+int wsf_link_greet(wsf_fanout *fanout, wsf_link *link, wsf_frame *frame);
 /* Give each of these links a control frame. Those that are closed are left out. */
 void wsf_fanout_push_control(wsf_fanout *fanout, wsf_link *const *links, uint32_t count, wsf_frame *frame);
 /* The control frame is written elsewhere. An older one that waits in the transport is held still. */
@@ -240,7 +265,8 @@ int wsf_fanout_settle(wsf_fanout *fanout, wsf_count count, wsf_remainder *remain
 void wsf_link_commit(wsf_fanout *fanout, wsf_link *link, uint32_t frames, uint64_t in_transport, wsf_count count);
 /* The same for frames of the outbox alone. */
 void wsf_link_commit_messages(wsf_fanout *fanout, wsf_link *link, uint32_t frames, uint64_t in_transport, wsf_count count);
-/* The same could not be written: the frames of the outbox among them have failed, and the link is closed. */
+/* The same could not be written: the frames of the outbox among them have failed, unless they are kept, and the link is
+ * closed. */
 void wsf_link_fail(wsf_fanout *fanout, wsf_link *link, uint32_t frames);
 
 /* Judge the links that wait by age. */

@@ -10,6 +10,7 @@ cdef extern from "platform.h":
         WSF_LIVE_MESSAGE
         WSF_LIVE_FRAME
         WSF_LIVE_LINK
+        WSF_LIVE_LOG
         WSF_LIVE_KINDS
     int64_t wsf_monotonic_ns() noexcept nogil
 
@@ -29,6 +30,7 @@ cdef extern from "frame.h":
         uint32_t failed
         uint32_t displaced
         uint32_t disconnected
+        uint32_t away
     ctypedef struct wsf_message:
         int64_t created_ns
         uint64_t payload_size
@@ -60,6 +62,21 @@ cdef extern from "table.h":
         uint32_t used
 
 
+cdef extern from "backlog.h":
+    ctypedef struct wsf_backlog_limits:
+        uint64_t max_messages
+        uint64_t max_bytes
+        int64_t max_age_ns
+    ctypedef struct wsf_backlog:
+        wsf_backlog_limits limits
+        uint32_t count
+        uint64_t bytes
+    ctypedef struct wsf_cursor:
+        uint64_t recorded
+        uint64_t handed
+    void wsf_backlog_expire(wsf_backlog *backlog, int64_t now_ns) noexcept
+
+
 cdef extern from "pool.h":
     enum:
         WSF_MAX_HELPERS
@@ -79,6 +96,8 @@ cdef extern from "fanout.h":
         WSF_UNSURE
         WSF_BLOCKED
         WSF_FRAGMENT
+        WSF_AWAY
+        WSF_BEHIND
         WSF_WAITS
         WSF_PARALLEL_FROM
         WSF_KEEP
@@ -114,6 +133,7 @@ cdef extern from "fanout.h":
         unsigned char is_held
         uint32_t variant
         uint64_t left_out_of
+        wsf_cursor *cursor
     ctypedef struct wsf_report:
         wsf_link *link
         uint8_t what
@@ -155,6 +175,8 @@ cdef extern from "fanout.h":
         wsf_report *reports
         uint32_t report_count
         uint32_t report_capacity
+        wsf_backlog backlog
+        uint32_t sessions
         wsf_message *decided
         wsf_link *roomy
         wsf_link *holding
@@ -185,7 +207,12 @@ cdef extern from "fanout.h":
     void wsf_link_block(wsf_fanout *fanout, wsf_link *link, uint64_t in_transport) noexcept
     void wsf_link_close(wsf_fanout *fanout, wsf_link *link, int cause) noexcept
     void wsf_fanout_push(wsf_fanout *fanout, wsf_link **links, uint32_t count, wsf_frame **frames,
-                         int is_late) noexcept
+                         int is_late, uint64_t log) noexcept
+    int wsf_link_begin_session(wsf_fanout *fanout, wsf_link *link) noexcept
+    int wsf_link_rewind(wsf_fanout *fanout, wsf_link *link, uint64_t received) noexcept
+    void wsf_link_take_session(wsf_fanout *fanout, wsf_link *link, wsf_link *other) noexcept
+    void wsf_link_end_session(wsf_fanout *fanout, wsf_link *link) noexcept
+    int wsf_link_greet(wsf_fanout *fanout, wsf_link *link, wsf_frame *frame) noexcept
     void wsf_fanout_end_window(wsf_fanout *fanout) noexcept
     uint32_t wsf_fanout_plan(wsf_fanout *fanout) noexcept
     void wsf_fanout_send(wsf_fanout *fanout, wsf_pool *pool, int64_t deadline_ns) noexcept nogil

@@ -3,7 +3,7 @@
  * A message is what one call sends to any number of connections. It has a frame for each variant that a target needs:
  * plain, or deflated in the way that some connections negotiated. Server frames are not masked, so a frame is the same
  * bytes for all of them. The message also keeps the tally of what became of it: each target is in exactly one of
- * pending, sent, queued, dropped and failed.
+ * pending, sent, queued, dropped, failed and away.
  *
  * Both are counted references in memory that is not the interpreter's. A frame keeps its message; whoever makes a frame
  * owns one reference to it. Their size is charged to an account for as long as they live, which must be as long as the
@@ -21,14 +21,15 @@ enum { WSF_TEXT = 1, WSF_BINARY = 2, WSF_PING = 9 }; /* opcodes */
 #define WSF_MAX_HEADER 10
 
 typedef struct {
-    uint32_t targets; /* the sum of the five that follow */
+    uint32_t targets; /* the sum of pending, sent, queued, dropped, failed and away */
     uint32_t pending; /* to be sent at the next flush */
     uint32_t sent;    /* taken by the kernel as a whole */
     uint32_t queued;  /* waits for a peer that is slow, here or in the transport */
     uint32_t dropped;
     uint32_t failed;
     uint32_t displaced;    /* older messages that were dropped or replaced to make room for this one */
-    uint32_t disconnected; /* connections that were given up when this one came; they are in `dropped` */
+    uint32_t disconnected; /* connections that were given up when this one came; they are in `dropped`, or in `away` */
+    uint32_t away;         /* is kept for a client that is not there now, or that has not caught up */
 } wsf_tally;
 
 typedef struct wsf_message {
@@ -40,6 +41,9 @@ typedef struct wsf_message {
     wsf_tally tally;
     PyObject *waiter;           /* owned: who waits until nothing is pending; NULL: nobody. Its owner's business */
     struct wsf_message *next; /* see wsf_fanout.decided */
+    /* Where it is in a log; see backlog.h. A number of 0: nowhere. */
+    struct wsf_log *log; /* borrowed while its number is not behind */
+    uint64_t log_place, log_number;
 } wsf_message;
 
 typedef struct {

@@ -105,13 +105,13 @@ static int make_room(wsf_outbox *outbox, int64_t *account)
     return WSF_OK;
 }
 
-int wsf_outbox_push(wsf_outbox *outbox, int64_t *account, wsf_frame *frame, wsf_entry queued)
+int wsf_outbox_push(wsf_outbox *outbox, int64_t *account, wsf_frame *frame, wsf_entry bits)
 {
     if (outbox->count != 0 && outbox->count >= outbox->capacity && make_room(outbox, account) != WSF_OK)
         return WSF_NO_MEMORY;
     outbox->count++;
     outbox->bytes += frame->size;
-    *wsf_outbox_at(outbox, outbox->count - 1) = (wsf_entry)frame | queued;
+    *wsf_outbox_at(outbox, outbox->count - 1) = (wsf_entry)frame | bits;
     if (outbox->places != NULL && frame->message->key != NULL) {
         if (4 * (outbox->place_used + 1) > 3 * outbox->place_capacity)
             build_places(outbox, account);

@@ -4,8 +4,8 @@
  * itself, so a broadcast to connections that keep up allocates nothing. Frames can be taken from the front, and one can
  * be replaced in its place by a newer one with the same key.
  *
- * An entry is a frame, of which the outbox owns a reference, and one bit: whether the message's tally has it as queued
- * (told that the peer is slow) or as pending.
+ * An entry is a frame, of which the outbox owns a reference, and two bits: whether the message's tally has it as queued
+ * (told that the peer is slow) or as pending; and whether no tally has it, because it is sent once more.
  *
  * Finding a key is O(1): up to WSF_KEYS_FROM entries are looked through, more have a table from key to place. Its
  * entries are hints that are checked, so taking frames from the front does not touch it.
@@ -21,8 +21,9 @@
 
 typedef uintptr_t wsf_entry;
 #define WSF_QUEUED ((wsf_entry)1)
+#define WSF_AGAIN ((wsf_entry)2)
 
-static inline wsf_frame *wsf_entry_frame(wsf_entry entry) { return (wsf_frame *)(entry & ~WSF_QUEUED); }
+static inline wsf_frame *wsf_entry_frame(wsf_entry entry) { return (wsf_frame *)(entry & ~(WSF_QUEUED | WSF_AGAIN)); }
 
 typedef struct {
     uint64_t hash;
@@ -47,7 +48,7 @@ static inline wsf_entry *wsf_outbox_at(wsf_outbox *outbox, uint32_t place)
 }
 
 /* Append a frame. The reference to it is stolen; WSF_NO_MEMORY changes nothing. */
-int wsf_outbox_push(wsf_outbox *outbox, int64_t *account, wsf_frame *frame, wsf_entry queued);
+int wsf_outbox_push(wsf_outbox *outbox, int64_t *account, wsf_frame *frame, wsf_entry bits);
 /* Take the front, and the reference with it. The outbox is not empty. */
 wsf_entry wsf_outbox_pop(wsf_outbox *outbox, int64_t *account);
 /* The place of the entry with this key (exact str, hash computed), or -1. */

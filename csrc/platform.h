@@ -108,7 +108,7 @@ static inline int64_t wsf_monotonic_ns(void) { return -1; }
 
 /* Live objects by kind. A debug build (WSFAST_DEBUG=1) counts them, and every test ends where it began. */
 enum { WSF_LIVE_RECORD, WSF_LIVE_CORE, WSF_LIVE_BLOCK, WSF_LIVE_SET, WSF_LIVE_TAGSET, WSF_LIVE_ALLOCATION,
-       WSF_LIVE_MESSAGE, WSF_LIVE_FRAME, WSF_LIVE_LINK, WSF_LIVE_KINDS };
+       WSF_LIVE_MESSAGE, WSF_LIVE_FRAME, WSF_LIVE_LINK, WSF_LIVE_LOG, WSF_LIVE_KINDS };
 
 #ifdef WSF_DEBUG
 extern int64_t wsf_live[WSF_LIVE_KINDS];

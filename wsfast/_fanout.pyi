@@ -39,7 +39,7 @@ class _Future(Protocol):
 @final
 class Message:
     """One message to any number of connections, encoded once for each variant; and the tally of what became of it:
-    ``targets == pending + sent + queued + dropped + failed``. Made by ``Fanout.message``."""
+    ``targets == pending + sent + queued + dropped + failed + away``. Made by ``Fanout.message``."""
 
     @property
     def targets(self) -> int: ...
@@ -61,6 +61,9 @@ class Message:
     @property
     def disconnected(self) -> int:
         """Connections that were given up because of it."""
+    @property
+    def away(self) -> int:
+        """Connections with a session for which it is kept: they are not there, or have not caught up."""
     def tell(self, future: _Future) -> None:
         """Set the result of *future* once nothing is pending; at once if nothing is. One future can be told."""
     def miss(self, count: int) -> None:
@@ -94,6 +97,22 @@ class Link:
     @property
     def is_direct(self) -> bool:
         """Whether a flush now would write to the socket itself."""
+    @property
+    def has_session(self) -> bool: ...
+    @property
+    def is_away(self) -> bool:
+        """Whether it is closed and its client may come back: what is pushed to it is kept."""
+    @property
+    def is_behind(self) -> bool:
+        """Whether it is open and something that was kept has not been sent: what is pushed to it is kept."""
+    @property
+    def owed(self) -> int:
+        """Messages of its session that are kept for it and were not handed to its connection."""
+    def leave(self) -> None:
+        """It is away: let go of the connection object."""
+    def pass_on(self, payload: _bytes, is_text: bool) -> None:
+        """The library was told to send this by itself. Where there is a session, that is our business: a message that
+        does not pass through here could not be counted, nor sent again."""
     @property
     def messages(self) -> int:
         """In its outbox."""
@@ -168,10 +187,12 @@ class Fanout:
         buffered: called with a link before a policy is applied to it; returns how many bytes its transport has.
         held: called with a link whose ping cannot leave, or no longer cannot; see ``Link.holds_ping``.
         ponged: called with a link and the payload of a pong.
+        passed_on: called with a link, and the payload of a message that is passed on and whether it is text.
         policy: one of ``POLICIES``.
         max_bytes, low_bytes: of one connection: the most that may wait, and where dropping ends.
         max_age_ns: how long it may wait.
         max_total_bytes: of everything that is kept.
+        kept_messages, kept_bytes, kept_age_ns: of what is kept for links with a session.
         helpers: threads that help to send; they start with the first flush of 64 connections or more.
         clock: for what adapters tell; None for the system's.
     """
@@ -185,11 +206,15 @@ class Fanout:
         buffered: Callable[[Link], int],
         held: Callable[[Link], object],
         ponged: Callable[[Link, bytes], object],
+        passed_on: Callable[[Link, bytes, bool], object],
         policy: int,
         max_bytes: int,
         low_bytes: int,
         max_age_ns: int,
         max_total_bytes: int,
+        kept_messages: int = 0,
+        kept_bytes: int = 0,
+        kept_age_ns: int = 0,
         helpers: int = 0,
         clock: Callable[[], int] | None = None,
     ) -> Self: ...
@@ -201,6 +226,19 @@ class Fanout:
         """A link for a record that has none; it is open. *keeps_views*: its transport copies nothing."""
     def forget(self, link: Link) -> None:
         """Close it, and give up its record and its connection."""
+    def begin_session(self, link: Link) -> None:
+        """What is sent to this link from now on can be sent again. It is behind until it is greeted."""
+    def resume(self, link: Link, ws: Any, variant: int, keeps_views: bool, received: int) -> Link | None:
+        """The client of a link, which is closed if it is not, is back, and has been given so many messages since its
+        session began. Returns its link, which is behind until it is greeted; None if there is a gap: then nothing has
+        changed, but for what was let go."""
+    def greet(self, link: Link, payload: bytes, now_ns: int) -> None:
+        """Send this text to a new link, before anything else, and counted nowhere; then what was kept."""
+    def expire_kept(self, now_ns: int) -> None:
+        """Let go of what is kept for too long. (``push`` does so as well.)"""
+    @property
+    def sessions(self) -> int:
+        """Links that have one."""
     def get(self, record: ConnectionMeta) -> Link | None: ...
     def links(self) -> list[Link]: ...
     @property
@@ -214,8 +252,12 @@ class Fanout:
         records: list[ConnectionMeta] | None,
         left_out: Iterable[ConnectionMeta] = (),
         is_late: bool = False,
+        log: int = 0,
     ) -> list[ConnectionMeta]:
         """Append to the outbox of each record, or of all links; to be flushed, if *is_late*, after ``end_window``.
+
+        *log* says how they are addressed: messages with the same number (of 64 bits) are kept together. 0: it is found
+        out from who they are.
 
         Returns:
             The records that have no link.

@@ -12,6 +12,8 @@ What it promises:
 - **Targets** are those who match at the moment of the call.
 - **Slow peers** are waited for by nobody but ``send``. What a socket does not take is queued here, up to the limits of
   :class:`Backpressure`.
+- **Sessions.** What is sent to a connection that has one is kept as well, once for all of them, so that it can be sent
+  again when its client comes back; what is for a client that is away waits there. How: csrc/backlog.h.
 - **Failures are data.** What goes wrong with one connection is counted on its record, told in the result of a broadcast
   and published as an event. It is raised only from :meth:`Delivery.send`.
 - **Counting.** A message is counted as sent on the record when the kernel or the transport has taken it.
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from wsfast.adapters import Adapter, Framing
     from wsfast.connection import Filters
     from wsfast.events import Cause, EventBus
+    from wsfast.session import SessionPolicy
 
     Excluded: TypeAlias = str | ConnectionMeta | Iterable[str | ConnectionMeta] | None
 
@@ -164,12 +167,15 @@ class BroadcastResult:
     Attributes:
         targets: connections that matched.
         sent: taken by the kernel as a whole.
-        queued: accepted, but waiting: for the peer, or, with ``broadcast_nowait``, for the end of the loop's turn.
+        queued: accepted, but waiting: for the peer, for a client that is away, or, with ``broadcast_nowait``, for the
+            end of the loop's turn.
         dropped: not sent, because the connection is closing, was never attached, left meanwhile, or is too slow.
         failed: the socket refused it; the connection is broken.
         seconds: from the call to its end.
         displaced: older messages that were dropped, or replaced, to make room for this one.
-        disconnected: connections that were given up as too slow when this message came. They are among *dropped*.
+        disconnected: connections that were given up as too slow when this message came. They are among *dropped*, or,
+            if their clients may come back for it, among *away*.
+        away: of *queued*, those who may come back for it, or are back and have not caught up.
     """
 
     targets: int
@@ -180,6 +186,7 @@ class BroadcastResult:
     seconds: float
     displaced: int = 0
     disconnected: int = 0
+    away: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +220,7 @@ class Delivery:
         give_up: called with the record of a connection that is too slow, to disconnect it.
         held: called with a link whose ping cannot leave, or no longer cannot.
         ponged: called with a link and the payload of a pong.
+        sessions: what may be kept for clients that come back; None: nothing.
 
     Threads: the event loop's only.
     """
@@ -228,6 +236,7 @@ class Delivery:
         give_up: Callable[[ConnectionMeta, bool], object],
         held: Callable[[Link], object],
         ponged: Callable[[Link, bytes], object],
+        sessions: SessionPolicy | None,
     ) -> None:
         self._registry = registry
         self._events = events
@@ -243,11 +252,15 @@ class Delivery:
             buffered=self._buffered,
             held=held,
             ponged=ponged,
+            passed_on=self._pass_on,
             policy=POLICIES[backpressure.policy],
             max_bytes=backpressure.max_bytes,
             low_bytes=self._low_bytes,
             max_age_ns=int(backpressure.max_age_s * 1e9),
             max_total_bytes=backpressure.max_total_bytes,
+            kept_messages=0 if sessions is None else sessions.max_messages,
+            kept_bytes=0 if sessions is None else sessions.max_bytes,
+            kept_age_ns=0 if sessions is None else int(sessions.max_age_s * 1e9),
             clock=_now_ns,
         )
         self.threads = threads
@@ -288,8 +301,7 @@ class Delivery:
         self._admitted += 1
         try:
             framing = adapter.framing(ws)
-            variant = 0 if framing is None else self._variant(framing)
-            link = self._fanout.admit(record, ws, variant, adapter.keeps_views(ws))
+            link = self._fanout.admit(record, ws, self._variant(framing), adapter.keeps_views(ws))
         except BaseException:
             self._forgotten += 1  # its record will be removed
             raise
@@ -299,8 +311,8 @@ class Delivery:
 
     def finish(self, link: Link) -> None:
         """Hand all that waits for a connection to its transport, which ends it after that."""
-        record, ws = link.record, link.ws
-        if record is None:
+        ws: Any = link.ws
+        if ws is None:
             return
         adapter = adapter_for(ws)
         try:
@@ -320,9 +332,43 @@ class Delivery:
         self._fanout.forget(link)
         self._forgotten += 1
 
-    def _variant(self, framing: Framing) -> int:
+    # ---- sessions
+
+    def begin_session(self, link: Link) -> bool:
+        """Keep what is sent from now on. False: that cannot be done, as only the library can send to it."""
+        if link in self._by_library:
+            return False
+        self._fanout.begin_session(link)
+        return True
+
+    def resume(self, link: Link, ws: object, adapter: Adapter, received: int) -> Link | None:
+        """The client of *link* is back on *ws*, and has been given so many messages of its session. Returns its link;
+        None if what it has missed is not there any more."""
+        framing = adapter.framing(ws)
+        if framing is None:
+            return None
+        return self._fanout.resume(link, ws, self._variant(framing), adapter.keeps_views(ws), received)
+
+    def greet(self, link: Link, text: str) -> None:
+        """Send the first text of all to a connection that has a session, and then what is kept for it."""
+        self._fanout.greet(link, text.encode(), monotonic_ns())
+        if self._fanout.in_line:
+            self._schedule()
+
+    def expire_kept(self) -> bool:
+        """Let go of what has been kept for too long. Returns whether there are sessions, for which more may come."""
+        self._fanout.expire_kept(monotonic_ns())
+        return self._fanout.sessions != 0
+
+    def _pass_on(self, link: Link, payload: bytes, is_text: bool) -> None:
+        """What the library was told to send to a connection with a session leaves in line with everything else."""
+        record = link.record
+        if record is not None:
+            self._push(self._frame(payload, is_text, None), [record], ())
+
+    def _variant(self, framing: Framing | None) -> int:
         """The number of the frames that this framing needs."""
-        if framing.encode is None:
+        if framing is None or framing.encode is None:
             return 0
         number = self._variants.get(framing.key)
         if number is None:
@@ -335,7 +381,7 @@ class Delivery:
 
     async def send(self, record: ConnectionMeta, message: Message, key: str | None = None) -> None:
         """Send to one connection. Returns when the kernel has the message, or, if the peer is slow, when no more than
-        ``resume_below`` waits for it.
+        ``resume_below`` waits for it; at once, if it is kept for a client that is away or has not caught up.
 
         Raises:
             PeerClosed: the connection is closed, or is closing.
@@ -345,7 +391,7 @@ class Delivery:
         """
         encoded = self._encode(message, key)
         link = self._fanout.get(record)
-        if link is None or not link.is_open:
+        if link is None or not (link.is_open or link.is_away):
             raise _closed_error(record)
         sending = self._sending.setdefault(link, _Sending())
         sending.count += 1
@@ -355,6 +401,8 @@ class Delivery:
             sending.count -= 1
             if sending.count == 0:
                 del self._sending[link]
+        if encoded.away:
+            return
         if sending.error is not None and not encoded.sent:
             raise PeerFailed(record.client_id, sending.error)
         if encoded.sent or encoded.queued:
@@ -425,7 +473,8 @@ class Delivery:
             records = self._matching(filters or {})
         if coalesce_ms is not None and not 0 <= coalesce_ms <= 60_000:
             raise InvalidSetting("coalesce", coalesce_ms, "from 0 to 60000 milliseconds")
-        self._push(encoded, records, excluded, coalesce_ms)
+        log = _log_of(filters or {}) if to is None and self._fanout.sessions else 0
+        self._push(encoded, records, excluded, coalesce_ms, log)
         return encoded
 
     def _matching(self, filters: Filters) -> list[ConnectionMeta] | None:
@@ -447,13 +496,16 @@ class Delivery:
             payload = message.tobytes()
         else:
             raise TypeError(f"message must be str or bytes-like, not {type(message).__name__}")
-        if len(payload) > self._max_message_bytes:
-            raise MessageTooBig(len(payload), self._max_message_bytes)
         if key is not None and type(key) is not str:
             if not isinstance(key, str):
                 raise TypeError(f"key must be str or None, not {type(key).__name__}")
             key = str.__str__(key)
-        return self._fanout.message(payload, isinstance(message, str), monotonic_ns(), key)
+        return self._frame(payload, isinstance(message, str), key)
+
+    def _frame(self, payload: bytes | bytearray, is_text: bool, key: str | None) -> Encoded:
+        if len(payload) > self._max_message_bytes:
+            raise MessageTooBig(len(payload), self._max_message_bytes)
+        return self._fanout.message(payload, is_text, monotonic_ns(), key)
 
     def _records(self, wanted: Excluded, argument: str) -> list[ConnectionMeta]:
         """The attached records in *wanted*, each once; ids that nobody has are left out."""
@@ -475,11 +527,12 @@ class Delivery:
         records: list[ConnectionMeta] | None,
         excluded: Iterable[ConnectionMeta],
         coalesce_ms: float | None = None,
+        log: int = 0,
     ) -> None:
         """Append to all outboxes, and see to it that they will be flushed."""
         fanout = self._fanout
         fanout.wants_reports = self._events.wants(MessagesDropped) or self._events.wants(MessageConflated)
-        strangers = fanout.push(encoded, records, excluded, coalesce_ms is not None)
+        strangers = fanout.push(encoded, records, excluded, coalesce_ms is not None, log)
         if strangers:
             encoded.miss(len(strangers if not excluded else set(strangers).difference(excluded)))
         if coalesce_ms is not None:
@@ -797,6 +850,8 @@ class Delivery:
             "waiting": stats["waiting"],
             "queued_bytes": stats["queued_bytes"],
             "conflated": stats["conflated"],
+            "kept_messages": stats["kept_messages"],
+            "kept_bytes": stats["kept_bytes"],
             **{f"dropped_by_{cause}": dropped[number] for cause, number in CAUSES.items()},
             **{f"too_slow_by_{cause}": too_slow[number] for cause, number in CAUSES.items() if cause != "closed"},
         }
@@ -815,6 +870,16 @@ def _is_everybody(filters: Filters) -> bool:
     return not filters or all(value is None for value in filters.values())
 
 
+def _log_of(filters: Filters) -> int:
+    """A number for this way to address: messages that are addressed alike have nearly always the same targets."""
+    wanted = (
+        (name, frozenset(value) if isinstance(value, (list, set)) else value)
+        for name, value in sorted(filters.items())
+        if value is not None
+    )
+    return hash(tuple(wanted)) & 0xFFFF_FFFF_FFFF_FFFF or 1
+
+
 def _now_ns() -> int:
     return monotonic_ns()
 
@@ -823,12 +888,13 @@ def _result(encoded: Encoded, started: float) -> BroadcastResult:
     return BroadcastResult(
         targets=encoded.targets,
         sent=encoded.sent,
-        queued=encoded.queued + encoded.pending,
+        queued=encoded.queued + encoded.pending + encoded.away,
         dropped=encoded.dropped,
         failed=encoded.failed,
         seconds=perf_counter() - started,
         displaced=encoded.displaced,
         disconnected=encoded.disconnected,
+        away=encoded.away,
     )
 
 

@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 __all__ = [
     "ConnectionCleared",
     "ConnectionClosed",
+    "ConnectionInterrupted",
     "ConnectionOpened",
+    "ConnectionResumed",
     "ConnectionSuspect",
     "ConnectionTooSlow",
     "Event",
@@ -98,6 +100,37 @@ class ConnectionClosed(Event):
     session: Any = field(repr=False)
     metadata: Mapping[str, Any] = field(repr=False)
     groups: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionInterrupted(Event):
+    """The link of a client that may come back is lost. Its record stays: ``ConnectionResumed`` or ``ConnectionClosed``
+    follows.
+
+    Attributes:
+        conn: the record, whose status is RECONNECTING. It has no connection object, and keeps everything else.
+        code, reason, by: how the link ended, as in ``ConnectionClosed``.
+    """
+
+    conn: ConnectionMeta
+    code: int
+    reason: str
+    by: Literal["peer", "us", "network"]
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionResumed(Event):
+    """A client has come back on a new connection, and goes on where it was.
+
+    Attributes:
+        conn: the record, whose connection object is the new one. The client's status is ONLINE again.
+        away_s: seconds that it was away; 0 if its former link still looked alive.
+        missed: messages that are sent to it now: those that it was not given.
+    """
+
+    conn: ConnectionMeta
+    away_s: float
+    missed: int
 
 
 Cause = Literal["bytes", "age", "budget", "closed"]

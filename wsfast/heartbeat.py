@@ -208,7 +208,7 @@ class Heartbeat:
         """Publish what was found, and end who is dead. One that makes trouble hurts no other."""
         try:
             self._publish(record, found)
-            if found & DEAD and record.registry is not None:
+            if found & DEAD and record.conn is not None:
                 self._end_or_spare(record)
         except Exception:
             logger.exception("cannot act on the health of %r", record.client_id)
@@ -216,12 +216,12 @@ class Heartbeat:
     def _publish(self, record: ConnectionMeta, found: int) -> None:
         events, monitor = self._events, self._monitor
         # A subscriber may end the connection.
-        if found & CLEARED and events.wants(ConnectionCleared) and record.registry is not None:
+        if found & CLEARED and events.wants(ConnectionCleared) and record.conn is not None:
             events.publish(ConnectionCleared(record))
-        if found & SUSPECT and events.wants(ConnectionSuspect) and record.registry is not None:
+        if found & SUSPECT and events.wants(ConnectionSuspect) and record.conn is not None:
             silent_s = monitor.silent_s(record, monotonic_ns())
             events.publish(ConnectionSuspect(record, "ping_failed" if found & PING_FAILED else "silent", silent_s))
-        if found & NEW_GRADE and events.wants(GradeChanged) and record.registry is not None:
+        if found & NEW_GRADE and events.wants(GradeChanged) and record.conn is not None:
             events.publish(GradeChanged(record, *monitor.grades(record)))
 
     def _end_or_spare(self, record: ConnectionMeta) -> None:

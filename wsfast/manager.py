@@ -6,6 +6,9 @@ It hides how a registry, the library's connection objects, delivery and events a
   that comes first: the block is left (also by an exception or a cancellation), the peer goes, the link breaks, somebody
   calls :meth:`ConnectionManager.disconnect`, a newer connection takes over its id, or the manager closes.
 - ``ConnectionOpened`` and ``ConnectionClosed`` are published once each, and in this order, for every registration.
+- A client that speaks the protocol of resume (docs/resume.md) stays registered while it is away, for a limited time:
+  its record has the status RECONNECTING and no connection object. In between there may be any number of
+  ``ConnectionInterrupted`` and ``ConnectionResumed``.
 - Leaving the block unregisters, but does not close: the server library does that when its handler returns.
 
 Not guaranteed: that a handler ends when its connection does. It notices at its next use of the connection.
@@ -43,10 +46,19 @@ from wsfast.errors import (
     UnknownConnection,
     WrongThread,
 )
-from wsfast.events import ConnectionClosed, ConnectionOpened, Event, EventBus, MetadataChanged
+from wsfast.events import (
+    ConnectionClosed,
+    ConnectionInterrupted,
+    ConnectionOpened,
+    ConnectionResumed,
+    Event,
+    EventBus,
+    MetadataChanged,
+)
 from wsfast.health import HEALTH, Explanation, HealthMonitor, HealthPolicy
 from wsfast.heartbeat import Heartbeat
 from wsfast.metadata import METADATA, Declarations, MetadataLimits, MetadataManager
+from wsfast.session import SESSIONS, Hello, Session, SessionPolicy, Sessions, Welcome
 
 if TYPE_CHECKING:
     from wsfast._fanout import Link
@@ -64,6 +76,9 @@ REPLACED = Closed(4409, "replaced by a newer connection", "us")
 """How a connection is closed whose id a newer one took with ``on_duplicate="replace"``. A client that is told this
 must not connect again by itself, or the two would push each other out for ever."""
 
+TAKEN_OVER = Closed(REPLACED.code, "its client goes on with another connection", "us")
+"""How the former connection of a session is closed that looks alive when its client comes back."""
+
 # 128 bits: nobody guesses a client id that the manager made.
 _GENERATED_ID_BYTES = 16
 
@@ -72,6 +87,13 @@ _LAST_WORDS_S = 10.0
 
 # What asynchronous subscribers may take for their last events after the connections are closed.
 _EVENTS_GRACE_S = 1.0
+
+# Close codes by which somebody ends a connection for good, all codes of applications among them. What has another one
+# was lost.
+_DELIBERATE = frozenset({1000, 1001, 1005, 1008, 1010, *range(3000, 5000)})
+
+# What is kept for clients that come back is looked through at least so often within the age that it may reach.
+_LOOKS_PER_KEPT_AGE = 4
 
 # Reading a clock twice takes less than this.
 _CLOCKS_APART_NS = 10**9
@@ -166,12 +188,14 @@ class CloseReport:
         cut_off: of them, those that had not ended in time.
         undelivered: what waited for some of them and was still there when they were cut off.
         seconds: from the call to the end.
+        away: clients that were waited for, and are not any more.
     """
 
     connections: int = 0
     cut_off: int = 0
     undelivered: tuple[Undelivered, ...] = ()
     seconds: float = 0.0
+    away: int = 0
 
 
 class RecordFields(TypedDict, total=False):
@@ -210,6 +234,8 @@ class ConnectionManager:
         health: when connections are pinged, suspected and given up. None: never, and deadlines of records are the
             application's own.
         metadata: how much of it there may be.
+        sessions: how clients are waited for that speak the protocol of resume, and what is kept for them; None: they
+            are not, and that protocol is not spoken. Other clients are not concerned.
         threads: how many threads write to sockets, the event loop's own included: at most 16. By default one for each
             core that the process may use, but no more than 4. The others start with the first large fan-out, hold no
             GIL, and end with the manager.
@@ -236,6 +262,7 @@ class ConnectionManager:
         backpressure: Backpressure = BACKPRESSURE,
         health: HealthPolicy | None = HEALTH,
         metadata: MetadataLimits = METADATA,
+        sessions: SessionPolicy | None = SESSIONS,
         threads: int | None = None,
     ) -> None:
         if max_message_bytes < 1:
@@ -265,11 +292,19 @@ class ConnectionManager:
             give_up=self._give_up,
             held=self._held,
             ponged=self._ponged,
+            sessions=sessions,
         )
+        self._sessions = None if sessions is None else Sessions(sessions, secrets.token_bytes)
+        # The sessions of clients that are away, by their records.
+        self._away: dict[ConnectionMeta, Session] = {}
+        self._session_timer: asyncio.TimerHandle | None = None
+        self._interrupted = self._resumed = self._not_resumed = 0
         self._health = None if health is None else _make_monitor(health, registry)
         self._metadata = self._make_metadata(metadata)
         self._heartbeat: Heartbeat | None = None
         self._too_slow = Closed(backpressure.code, backpressure.reason, "us")
+        # What we close with where the client may well come back.
+        self._deliberate = _DELIBERATE - {backpressure.code} - ({health.code} if health is not None else set())
         self._drain = drain
         self._state = "not started"
         self._thread = 0
@@ -364,12 +399,23 @@ class ConnectionManager:
             self._closing = asyncio.get_running_loop().create_task(self._close(timeout_s))
         return await asyncio.shield(self._closing)
 
-    def attach(self, ws: Any, client_id: str | None = None, **fields: Unpack[RecordFields]) -> Attachment:
+    @property
+    def sessions(self) -> SessionPolicy | None:
+        """How clients that speak the protocol of resume are waited for; None: they are not."""
+        return None if self._sessions is None else self._sessions.policy
+
+    def attach(
+        self, ws: Any, client_id: str | None = None, *, hello: Hello | None = None, **fields: Unpack[RecordFields]
+    ) -> Attachment:
         """Register a connection for the time of an ``async with`` block, which yields its record.
 
         Args:
             ws: an open connection of a supported library.
             client_id: its id; by default a random one of 22 characters is made (``max_id_bytes`` must allow it).
+            hello: what a client has sent first that speaks the protocol of resume (docs/resume.md), for adapters:
+                ``serve`` does this by itself. The client is welcomed. If it goes on with its session, the block yields
+                the record that it had, *fields* mean nothing, and what it has missed is sent first. If *client_id* or
+                ``user_id`` is given and is not that of the session, it does not go on with it.
             fields: the keywords of ``Registry.add``. With ``on_duplicate="replace"`` an older connection with this id
                 is closed with ``REPLACED``.
 
@@ -381,7 +427,7 @@ class ConnectionManager:
             MetadataRejected: *metadata* is not acceptable. What is, is there from the start, at version 0, unannounced.
             ManagerClosed, WrongThread.
         """
-        return Attachment(self, ws, client_id, fields)
+        return Attachment(self, ws, client_id, fields, hello)
 
     async def send(self, target: str | ConnectionMeta, message: Message, *, key: str | None = None) -> None:
         """Send a message to one connection.
@@ -488,10 +534,14 @@ class ConnectionManager:
         self._check("disconnect")
         _check_close(code, reason)
         record = self._resolve(target)
+        if record in self._away:
+            self._end_away(self._away[record], Closed(code, reason, "us"))
+            return
         attachment = self._attachments.get(id(record.conn))
         if attachment is None:  # it has ended, or it was put into the registry without a connection
             self._registry.remove(record)
             return
+        attachment.is_final = True
         record.status = ConnectionStatus.CLOSING
         try:
             await attachment.close(code, reason)
@@ -510,6 +560,10 @@ class ConnectionManager:
         """The registry's totals (see ``Registry.stats``), and:
 
         ``opened`` and ``closed``: connections so far. ``event_errors`` and ``events_dropped``: see ``EventBus``.
+
+        ``interrupted``, ``resumed`` and ``not_resumed``: how often a client with a session was lost, came back to it,
+        and came back in vain; ``away``: such clients that are waited for now; ``kept_messages`` and ``kept_bytes``:
+        what is kept for them, and for those who may be lost.
 
         ``writes``: system calls to sockets; ``writes_through``: flushes of a connection through its transport;
         ``writes_blocked`` and ``writes_failed``: of both, those that were not taken as a whole, and those refused.
@@ -530,6 +584,10 @@ class ConnectionManager:
             **cast("dict[str, int]", self._registry.stats()),
             "opened": self._opened,
             "closed": self._closed,
+            "interrupted": self._interrupted,
+            "resumed": self._resumed,
+            "not_resumed": self._not_resumed,
+            "away": len(self._away),
             "event_errors": self._events.errors,
             "events_dropped": self._events.dropped,
             **delivery,
@@ -582,19 +640,29 @@ class ConnectionManager:
                 raise DuplicateConnection(current.record.client_id)
             if current.record.client_id == client_id:
                 fields = {**fields, "on_duplicate": "replace"}
+        elif self._resume(attachment):
+            return cast("Connection", attachment.record)
         if fields.get("metadata") is not None:
             fields = {**fields, "metadata": self._metadata.check(fields["metadata"])}
         older = self._registry.get(client_id)
         replaced = None if older is None else self._attachments.get(id(older.conn))
         if replaced is current:
             replaced = None
+        away = None if older is None else self._away.get(older)
+        if away is not None:  # nobody is there whom this could push out
+            fields = {**fields, "on_duplicate": "replace"}
         # Read before the registry detaches the records: afterwards they do not tell this any more.
-        last_words = {each: each.last_words() for each in (current, replaced) if each is not None}
+        last_words = {each: _last_words(each.record) for each in (current, replaced) if each is not None}
+        away_words = None if older is None or away is None else _last_words(older)
         record = self._registry.add(client_id, ws, **fields)
+        if away is not None:
+            self._end_away(away, REPLACED, away_words)
         if replaced is not None:
+            replaced.is_final = True
             replaced.end(REPLACED, last_words[replaced])
             self._say_farewell(replaced, REPLACED)
         if current is not None:
+            current.is_final = True
             current.end(Closed(1000, "attached anew", "us"), last_words[current])
             record.received(current.record.bytes_in, current.record.messages_in)
             record.sent(current.record.bytes_out, current.record.messages_out)
@@ -608,21 +676,166 @@ class ConnectionManager:
         except BaseException:
             self._registry.remove(record)
             raise
+        try:
+            if attachment.hello is not None:
+                self._begin_session(attachment)
+            self._connect(attachment)
+        except BaseException:
+            self._end_session(attachment)
+            self._registry.remove(record)
+            self._delivery.forget(attachment.link)
+            raise
+        self._opened += 1
+        if self._events.wants(ConnectionOpened):
+            self._events.publish(ConnectionOpened(record))
+
+    def _connect(self, attachment: Attachment) -> None:
+        """Let the connection and its link know of each other, and begin to watch it. If that fails, they do not."""
         attachment.detach = _nothing
         try:
             attachment.detach = attachment.adapter.attach(attachment.ws, attachment.link, attachment.lost)
             if self._heartbeat is not None:
-                self._heartbeat.admit(record, attachment.link, attachment.ws, attachment.adapter)
+                self._heartbeat.admit(attachment.record, attachment.link, attachment.ws, attachment.adapter)
         except BaseException:
             attachment.detach()
-            self._registry.remove(record)
-            self._delivery.forget(attachment.link)
             raise
         attachment.ended = False
         self._attachments[id(attachment.ws)] = attachment
-        self._opened += 1
-        if self._events.wants(ConnectionOpened):
-            self._events.publish(ConnectionOpened(record))
+        if attachment.welcome is not None:
+            self._delivery.greet(attachment.link, str(attachment.welcome))
+
+    # ---- sessions
+
+    def _begin_session(self, attachment: Attachment) -> None:
+        """Give the connection a session, if it can have one. It is told at once, before anybody can send to it."""
+        token, grace_s = None, 0.0
+        if self._sessions is not None and self._delivery.begin_session(attachment.link):
+            session = attachment.session = self._sessions.begin(self._now_s())
+            session.owner = attachment
+            token, grace_s = session.token, self._sessions.policy.grace_s
+            self._arm_session_timer()
+        attachment.welcome = Welcome(attachment.record.client_id, token, grace_s=grace_s)
+
+    def _end_session(self, attachment: Attachment) -> None:
+        if self._sessions is not None and attachment.session is not None:
+            self._sessions.end(attachment.session)
+
+    def _resume(self, attachment: Attachment) -> bool:
+        """Go on with the session that the client asks for. False: it gets a new one."""
+        hello = attachment.hello
+        if self._sessions is None or hello is None or hello.token is None:
+            return False
+        now_s = self._now_s()
+        session = self._sessions.find(hello.token, now_s)
+        if session is None or not attachment.may_be(session.owner.record):
+            self._not_resumed += 1
+            return False
+        away = session.owner
+        if isinstance(away, Attachment):  # its connection looks alive
+            away.end(TAKEN_OVER)
+            self._say_farewell(away, TAKEN_OVER)
+            away = session.owner
+        link = None
+        if isinstance(away, _Away) and away.record.registry is self._registry:
+            link = self._delivery.resume(away.link, attachment.ws, attachment.adapter, hello.received)
+        if link is None:
+            self._not_resumed += 1
+            if isinstance(away, _Away):
+                self._end_away(session, away.closed)
+            return False
+        self._go_on(attachment, session, away, link, now_s)
+        return True
+
+    def _go_on(self, attachment: Attachment, session: Session, away: _Away, link: Link, now_s: float) -> None:
+        """The client of *session* is back, with a link that has all that it missed."""
+        assert self._sessions is not None
+        self._sessions.resume(session)
+        away.link = link
+        attachment.record, attachment.link = away.record, link
+        attachment.session, attachment.resumes = session, session.resumes
+        attachment.welcome = Welcome(
+            away.record.client_id, session.token, True, session.received, self._sessions.policy.grace_s
+        )
+        missed = link.owed
+        away.record.conn = attachment.ws
+        try:
+            self._connect(attachment)
+        except BaseException:
+            link.close()
+            link.leave()
+            away.record.conn = None
+            self._sessions.leave(session, now_s)
+            raise
+        del self._away[away.record]
+        session.owner = attachment
+        away.record.status = ConnectionStatus.ONLINE
+        away.record.touch()
+        self._resumed += 1
+        if self._events.wants(ConnectionResumed):
+            self._events.publish(ConnectionResumed(away.record, now_s - away.since_s, missed))
+
+    def _interrupt(self, attachment: Attachment, closed: Closed) -> None:
+        """The connection of a session has ended, but its client may come back."""
+        assert self._sessions is not None and attachment.session is not None
+        record, link, session, now_s = attachment.record, attachment.link, attachment.session, self._now_s()
+        link.close()
+        link.leave()
+        record.conn = None
+        if self._heartbeat is not None:
+            record.deadline_ns = None
+        record.status = ConnectionStatus.RECONNECTING
+        session.owner = _Away(record, link, closed, now_s)
+        self._away[record] = session
+        self._interrupted += 1
+        given_up = self._sessions.leave(session, now_s)
+        if given_up is not None:
+            self._end_away(given_up, given_up.owner.closed)
+        self._arm_session_timer()
+        if self._events.wants(ConnectionInterrupted):
+            self._events.publish(ConnectionInterrupted(record, *closed[:3]))
+
+    def _end_away(self, session: Session, closed: Closed, last_words: _LastWords | None = None) -> None:
+        """A client is waited for no longer."""
+        away = session.owner
+        assert self._sessions is not None and isinstance(away, _Away)
+        self._sessions.end(session)
+        self._away.pop(away.record, None)
+        words = _last_words(away.record) if last_words is None else last_words
+        self._registry.remove(away.record)
+        self._delivery.forget(away.link)
+        self._closed += 1
+        self._publish_closed(away.record, closed, words)
+
+    def _arm_session_timer(self) -> None:
+        """Look at sessions when the next client is to be given up, or something may have been kept for too long."""
+        assert self._sessions is not None
+        loop = asyncio.get_running_loop()
+        at = self._now_s() + self._sessions.policy.max_age_s / _LOOKS_PER_KEPT_AGE
+        if self._sessions.next_due_s is not None:
+            at = min(at, self._sessions.next_due_s)
+        if self._session_timer is not None:
+            if self._session_timer.when() <= at:
+                return
+            self._session_timer.cancel()
+        self._session_timer = loop.call_at(at, self._look_at_sessions)
+
+    def _look_at_sessions(self) -> None:
+        self._session_timer = None
+        assert self._sessions is not None
+        for session in self._sessions.due(self._now_s()):
+            self._end_away(session, session.owner.closed)
+        if self._delivery.expire_kept():
+            self._arm_session_timer()
+
+    def _now_s(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _publish_closed(self, record: ConnectionMeta, closed: Closed, last_words: _LastWords) -> None:
+        if self._events.wants(ConnectionClosed):
+            duration_s = (self._registry.now_ns() - record.created_ns) / 1e9
+            self._events.publish(ConnectionClosed(record, *closed[:3], duration_s, **last_words))
+
+    # ---- ends
 
     def _say_farewell(self, attachment: Attachment, closed: Closed) -> None:
         """Close the connection in the background."""
@@ -684,8 +897,10 @@ class ConnectionManager:
             self._heartbeat.ponged(link, payload)
 
     async def _close(self, timeout_s: float) -> CloseReport:
-        started, connections = perf_counter(), len(self._attachments)
+        started, connections, away = perf_counter(), len(self._attachments), len(self._away)
         undelivered: list[Undelivered] = []
+        for session in list(self._away.values()):  # nobody can come back any more
+            self._end_away(session, session.owner.closed)
         try:
             async with asyncio.timeout(timeout_s):
                 await self._send_all_away(timeout_s, undelivered)
@@ -702,7 +917,7 @@ class ConnectionManager:
                 sum(each.messages for each in undelivered),
                 len(undelivered),
             )
-        return CloseReport(connections, cut_off, tuple(undelivered), perf_counter() - started)
+        return CloseReport(connections, cut_off, tuple(undelivered), perf_counter() - started, away)
 
     async def _send_all_away(self, timeout_s: float, undelivered: list[Undelivered]) -> None:
         """Close everybody, each when nothing waits for it any more or half of the time is over, at the drain's pace."""
@@ -744,6 +959,8 @@ class ConnectionManager:
         """End at once what is left, and let go of everything. Returns how many were left."""
         if self._heartbeat is not None:
             self._heartbeat.close()
+        if self._session_timer is not None:
+            self._session_timer.cancel()
         left = list(self._attachments.values())
         for attachment in left:
             if attachment.unsent is None:  # its close has not begun
@@ -776,8 +993,12 @@ class Attachment:
     Attributes:
         gives_way: whether an ``attach`` of the same connection ends this one, instead of being refused. An adapter
             that attaches by itself sets it, so that a handler that attaches as well is right.
+        is_final: whether its end is one that nobody comes back from.
         record: of the connection, from the start of the block.
-        ended: whether it is unregistered.
+        session: of its client; None: it has none.
+        resumes: how often the client had come back when this connection began.
+        welcome: what the client was told first; None: nothing.
+        ended: whether it is unregistered, or its client is waited for.
         unsent: the sizes of the frames that waited for it when its manager began to close it; None before.
         left_bytes: in its transport at its end.
     """
@@ -789,11 +1010,16 @@ class Attachment:
         "ended",
         "fields",
         "gives_way",
+        "hello",
+        "is_final",
         "left_bytes",
         "link",
         "manager",
         "record",
+        "resumes",
+        "session",
         "unsent",
+        "welcome",
         "ws",
     )
 
@@ -802,12 +1028,19 @@ class Attachment:
     detach: Callable[[], object]
     record: ConnectionMeta
 
-    def __init__(self, manager: ConnectionManager, ws: Any, client_id: str | None, fields: RecordFields) -> None:
+    def __init__(
+        self, manager: ConnectionManager, ws: Any, client_id: str | None, fields: RecordFields, hello: Hello | None
+    ) -> None:
         self.manager = manager
         self.ws = ws
         self.client_id = client_id
         self.fields = fields
+        self.hello = hello
         self.gives_way = False
+        self.is_final = False
+        self.session: Session | None = None
+        self.resumes = 0
+        self.welcome: Welcome | None = None
         self.ended = False
         self.unsent: list[int] | None = None
         self.left_bytes = 0
@@ -822,7 +1055,7 @@ class Attachment:
         closed = Closed(1000 if error is None else 1011, "", "us")
         delivery = self.manager._delivery
         if error is None and not self.ended and delivery.is_by_library(self.link):
-            last_words = self.last_words()
+            last_words = _last_words(self.record)
             self.manager._registry.remove(self.record)  # nothing more is for it
             try:
                 await delivery.drained(self.link, _LAST_WORDS_S)
@@ -860,9 +1093,39 @@ class Attachment:
             left -= unsent[-messages]
         return [Undelivered(self.record.client_id, messages, nbytes)] if messages else []
 
-    def last_words(self) -> _LastWords:
-        record = self.record
-        return {"session": record.session, "metadata": record.metadata, "groups": record.groups}
+    # ---- sessions, for the adapter of a library
+
+    def took(self) -> bool:
+        """Count a message that the application is about to be given. False: it must not be given this one, as its
+        client has come back on another connection, and sends it again."""
+        if self.session is not None and self.is_current:
+            self.session.took()
+        return self.is_current
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the client has not come back on another connection."""
+        return self.session is None or self.session.resumes == self.resumes
+
+    def confirm(self) -> None:
+        """The client has said that it is ready."""
+        if self.session is not None and self.is_current:
+            self.session.confirm()
+
+    def may_be(self, record: ConnectionMeta) -> bool:
+        """Whether the connection may be that of this record, by what else is known of who it is."""
+        user_id = self.fields.get("user_id")
+        return self.client_id in (None, record.client_id) and user_id in (None, record.user_id)
+
+    def _comes_back(self, closed: Closed) -> bool:
+        """Whether the client may come back after this end."""
+        return (
+            self.session is not None
+            and not self.is_final
+            and self.manager._state == "open"
+            and self.record.registry is self.manager._registry
+            and (closed.code not in self.manager._deliberate or closed is TAKEN_OVER)
+        )
 
     def _ask(self, what: Callable[..., _T], *arguments: Any) -> _T | None:
         """Ask the adapter: whatever it raises must not keep an end from coming to its end."""
@@ -873,7 +1136,7 @@ class Attachment:
             return None
 
     def end(self, otherwise: Closed, last_words: _LastWords | None = None) -> None:
-        """Unregister the connection, once; later calls do nothing.
+        """Unregister the connection, once, or begin to wait for its client; later calls do nothing.
 
         Args:
             otherwise: how it ended, if the library does not say.
@@ -890,21 +1153,42 @@ class Attachment:
             # What is behind the close frame was not to be delivered. Before one is written, there is nothing.
             close_frame = 4 + len(closed.reason.encode()) if closed.by == "us" else 0
             self.left_bytes = max(0, self.link.in_transport - close_frame)
-        wanted = manager._events.wants(ConnectionClosed)
-        if wanted and last_words is None:
-            last_words = self.last_words()
-        manager._registry.remove(record)
         del manager._attachments[id(self.ws)]
-        manager._closed += 1
         if not manager._attachments:
             manager._empty.set()
-        self._ask(self.detach)
-        if manager._heartbeat is not None:
-            manager._heartbeat.forget(record, self.link, closed)
+        if self._comes_back(closed):
+            self._let_go(closed)
+            manager._interrupt(self, closed)
+            return
+        if last_words is None:
+            last_words = _last_words(record)
+        manager._end_session(self)
+        manager._registry.remove(record)
+        manager._closed += 1
+        self._let_go(closed)
         manager._delivery.forget(self.link)
-        if wanted and last_words is not None:
-            duration_s = (manager._registry.now_ns() - record.created_ns) / 1e9
-            manager._events.publish(ConnectionClosed(record, *closed[:3], duration_s, **last_words))
+        manager._publish_closed(record, closed, last_words)
+
+    def _let_go(self, closed: Closed) -> None:
+        self._ask(self.detach)
+        if self.manager._heartbeat is not None:
+            self.manager._heartbeat.forget(self.record, self.link, closed)
+
+
+class _Away:
+    """A client that is waited for: its record and its link, and how and when its connection ended."""
+
+    __slots__ = ("closed", "link", "record", "since_s")
+
+    def __init__(self, record: ConnectionMeta, link: Link, closed: Closed, since_s: float) -> None:
+        self.record = record
+        self.link = link
+        self.closed = closed
+        self.since_s = since_s
+
+
+def _last_words(record: ConnectionMeta) -> _LastWords:
+    return {"session": record.session, "metadata": record.metadata, "groups": record.groups}
 
 
 def _nothing() -> None:

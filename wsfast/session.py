@@ -263,15 +263,17 @@ class Session:
         key: the half of the token that is no secret.
         began_s: when.
         received: messages of the client that the application has been given.
+        resumes: how often the client has come back.
         owner: whatever the caller wants to find by the session.
     """
 
-    __slots__ = ("_former", "_secret", "began_s", "key", "owner", "received")
+    __slots__ = ("_former", "_secret", "began_s", "key", "owner", "received", "resumes")
 
     def __init__(self, key: bytes, secret: bytes, began_s: float) -> None:
         self.key = key
         self.began_s = began_s
         self.received = 0
+        self.resumes = 0
         self.owner: Any = None
         self._secret = secret
         self._former = secret
@@ -352,6 +354,7 @@ class Sessions:
     def resume(self, session: Session) -> None:
         """Its client is back, and is to be given a new token."""
         self._away.pop(session, None)
+        session.resumes += 1
         session.renew(self._random_bytes(_SECRET_BYTES))
 
     def leave(self, session: Session, now_s: float) -> Session | None:

@@ -1230,7 +1230,7 @@ static void push(world *w, letter *l, uint32_t targets, bool is_late)
         if (!peer_of(links[i])->is_left_out)
             must_take(w, peer_of(links[i]), l, is_late);
     inject_fault(w->lacks_memory, true);
-    wsf_fanout_push(w->fanout, links, used, l->frames, is_late);
+    wsf_fanout_push(w->fanout, links, used, l->frames, is_late, 0);
     (void)end_faults();
     w->lacks_memory = false;
     free(links);
@@ -1832,7 +1832,7 @@ static world *open_plain_world(const scale *size)
 static void push_to(world *w, peer *p, letter *l)
 {
     must_take(w, p, l, false);
-    wsf_fanout_push(w->fanout, &p->link, 1, l->frames, 0);
+    wsf_fanout_push(w->fanout, &p->link, 1, l->frames, 0, 0);
 }
 
 static void push_many(world *w, peer *p, letter *l, uint32_t times)

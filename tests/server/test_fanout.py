@@ -22,6 +22,7 @@ def make_fanout() -> Fanout:
         has_room=nothing,
         held=nothing,
         ponged=nothing,
+        passed_on=nothing,
         buffered=lambda link: link.in_transport,
         policy=0,
         max_bytes=2**20,

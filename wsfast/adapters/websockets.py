@@ -14,6 +14,11 @@ over the wire is counted on it without a line in the handler:
 
 What passes between the opening handshake and the registration is counted too, once there is a record.
 
+A client that speaks the protocol of resume (docs/resume.md; ``wsfast.client`` and ``wsfast.js`` do) is known by the
+subprotocol that it offers, which the application does not see. Its connection is given one more subclass, which counts
+the messages that the application takes; and what is sent to it by the library's own ways takes the manager's way
+instead, as a whole message, so that it is counted and can be sent again. Not with ``attach=False``.
+
 A connection of the library's own ``serve`` can be attached as well. Then the messages that the manager sends are
 counted, and the handler may report the others with ``conn.received`` and ``conn.sent``.
 
@@ -37,11 +42,12 @@ import inspect
 import logging
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from websockets.asyncio import server as _library
 from websockets.asyncio.server import Server, ServerConnection
+from websockets.exceptions import ConnectionClosed as LinkClosed
 from websockets.extensions.permessage_deflate import PerMessageDeflate, ServerPerMessageDeflateFactory
 from websockets.frames import DATA_OPCODES, Frame, Opcode
 from websockets.protocol import OPEN, State
@@ -49,6 +55,7 @@ from websockets.server import ServerProtocol
 
 from wsfast.adapters import PLAIN, Closed, Framing
 from wsfast.errors import (
+    BadHandshake,
     DuplicateConnection,
     InvalidName,
     InvalidSetting,
@@ -56,22 +63,28 @@ from wsfast.errors import (
     ManagerClosed,
     PeerClosed,
 )
+from wsfast.session import BAD_HANDSHAKE, inner_offers, is_ready, read_hello, split_subprotocol, with_protocol
 
 if TYPE_CHECKING:
     from wsfast._core import ConnectionMeta
     from wsfast._fanout import Link
-    from wsfast.manager import ConnectionManager
+    from wsfast.manager import Attachment, ConnectionManager
+    from wsfast.session import Hello
 
 __all__ = ["ADAPTER", "serve", "unix_serve"]
 
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[ServerConnection], Awaitable[None]]
+_M = TypeVar("_M", bound=ServerConnection)
 Keywords = Mapping[str, Any]
 Identify = Callable[[ServerConnection], Keywords | Awaitable[Keywords | None] | None]
 
 # RFC 6455, 5.5: a control frame has at most 125 bytes, of which the code takes two.
 _MAX_REASON_BYTES = 123
+
+# Of a client that speaks the protocol of resume: hello and ready.
+_HANDSHAKE_MESSAGES = 2
 
 # RFC 7692, 7.1.2.1.
 _MOST_WINDOW_BITS = 15
@@ -294,6 +307,8 @@ def serve(
         options.setdefault("ping_interval", None)
     if attach:
         handler = functools.partial(_run_attached, handler, manager, identify)
+    if attach and manager.sessions is not None:
+        options["select_subprotocol"] = functools.partial(_select_subprotocol, options.get("select_subprotocol"))
     factory = _managed_factory(create_connection or ServerConnection)
     return _library.serve(handler, host, port, create_connection=cast("Any", factory), **options)
 
@@ -312,11 +327,17 @@ async def _run_attached(
             if keywords is None:
                 await ws.close(1008, "identification failed")
                 return
-            attachment = manager.attach(ws, **keywords)
+            hello = await _hello(ws, manager)
+            attachment = manager.attach(ws, hello=hello, **keywords)
             attachment.gives_way = True
             await stack.enter_async_context(attachment)
-        except PeerClosed:
+            if hello is not None:
+                _count_taken(ws, attachment)
+        except (PeerClosed, LinkClosed):
             return  # it went away before it was identified; there is nobody to serve
+        except BadHandshake as error:
+            await ws.close(BAD_HANDSHAKE, _reason(error))
+            return
         except ManagerClosed:
             await ws.close(1001, "the server is going away")
             return
@@ -328,6 +349,36 @@ async def _run_attached(
             await ws.close(1008, "identification failed")
             return
         await handler(ws)
+
+
+async def _hello(ws: ServerConnection, manager: ConnectionManager) -> Hello | None:
+    """What a client begins with that speaks the protocol of resume; None: it does not."""
+    speaks, name = split_subprotocol(ws.subprotocol)
+    if not speaks or manager.sessions is None:
+        return None
+    ws.protocol.subprotocol = cast("Any", name)  # the one that means something to the application
+    try:
+        async with asyncio.timeout(manager.sessions.hello_timeout_s):
+            return read_hello(await ws.recv())
+    except TimeoutError:
+        raise BadHandshake("hello has not come in time") from None
+
+
+def _select_subprotocol(
+    select: Callable[[ServerConnection, Sequence[Any]], Any] | None, ws: ServerConnection, offered: Sequence[str]
+) -> str | None:
+    """Choose as the application does, or the library by default, and say in the answer that we speak of resume."""
+    choose = select or _default_subprotocol
+    inner = inner_offers(offered)
+    if inner is None:
+        return cast("str | None", choose(ws, offered))
+    if isinstance(ws, _ManagedMixin):
+        ws.wsfast_traffic.uncounted = _HANDSHAKE_MESSAGES
+    return with_protocol(choose(ws, inner))
+
+
+def _default_subprotocol(ws: ServerConnection, offered: Sequence[Any]) -> str | None:
+    return ServerProtocol.select_subprotocol(ws.protocol, offered)
 
 
 async def _identified(ws: ServerConnection, identify: Identify | None) -> Keywords | None:
@@ -348,25 +399,40 @@ class _Traffic:
     Traffic is counted on the record, or here until there is one.
     """
 
-    __slots__ = ("broken", "bytes_in", "bytes_out", "link", "lost", "messages_in", "messages_out", "record")
+    __slots__ = (
+        "broken",
+        "bytes_in",
+        "bytes_out",
+        "link",
+        "lost",
+        "messages_in",
+        "messages_out",
+        "parts",
+        "record",
+        "uncounted",
+    )
 
     def __init__(self) -> None:
         self.broken = ""  # how, once it is
+        self.uncounted = 0  # messages that are still to come and belong to a handshake
+        self.parts: list[Any] = []  # of a message that is passed on
         self.record: ConnectionMeta | None = None
         self.link: Link | None = None
         self.lost: Callable[[], None] | None = None
         self.messages_in = self.bytes_in = self.messages_out = self.bytes_out = 0
 
     def received(self, nbytes: int, messages: int) -> None:
-        if self.record is not None:
-            self.record.received(nbytes, messages)
+        if self.uncounted:
+            self.uncounted -= messages
+        elif self.link is not None:
+            self.link.record.received(nbytes, messages)
         else:
             self.bytes_in += nbytes
             self.messages_in += messages
 
     def sent(self, nbytes: int, fin: bool) -> None:
-        if self.record is not None:
-            self.record.sent(nbytes, int(fin))
+        if self.link is not None:
+            self.link.record.sent(nbytes, int(fin))
         else:
             self.bytes_out += nbytes
             self.messages_out += fin
@@ -381,8 +447,8 @@ class _Traffic:
         self.messages_in = self.bytes_in = self.messages_out = self.bytes_out = 0
 
     def end(self) -> None:
-        # The record stays: detached, it counts nothing and holds nothing, and a handler that goes on a little longer
-        # than its connection is told so by the record itself.
+        # The record stays, so that a handler that goes on a little longer than its connection is told so by the record
+        # itself. It may be that of a client that is away, or back by now: what still comes here is not its traffic.
         self.lost = self.link = None
 
 
@@ -402,18 +468,38 @@ class _CountingProtocol(ServerProtocol):
             link.close()
 
     def send_text(self, data: Any, fin: bool = True) -> None:
+        if self._passes_on(data, fin, True):
+            return
         super().send_text(data, fin)
         self._sent(data, fin)
 
     def send_binary(self, data: Any, fin: bool = True) -> None:
+        if self._passes_on(data, fin, False):
+            return
         super().send_binary(data, fin)
         self._sent(data, fin)
 
     def send_continuation(self, data: Any, fin: bool) -> None:
+        if self._passes_on(data, fin):
+            return
         super().send_continuation(data, fin)
         self._sent(data, fin)
         if fin and self.wsfast_traffic.link is not None:
             self.wsfast_traffic.link.fragment(False)
+
+    def _passes_on(self, data: Any, fin: bool, is_text: bool | None = None) -> bool:
+        """Whether this is the manager's to send, as a whole message. is_text: None: of the message that was begun."""
+        link, parts = self.wsfast_traffic.link, self.wsfast_traffic.parts
+        if link is None or not link.has_session:
+            return False
+        if is_text is not None:
+            parts[:] = [is_text]
+        parts.append(data)
+        if fin:
+            is_text, *pieces = parts
+            parts.clear()
+            link.pass_on(b"".join(pieces), bool(is_text))
+        return True
 
     def send_close(self, *args: Any, **options: Any) -> None:
         # What was sent before leaves before: the close frame is not in the transport yet.
@@ -445,9 +531,9 @@ class _ManagedMixin(ServerConnection):
         return self.wsfast_traffic.record
 
     def data_received(self, data: bytes) -> None:
-        record = self.wsfast_traffic.record
-        if record is not None:
-            record.touch()
+        link = self.wsfast_traffic.link
+        if link is not None:
+            link.record.touch()
         super().data_received(data)
         # Once the peer's close frame is here, nothing will be delivered any more, although the library leaves it to the
         # peer to end the TCP connection.
@@ -500,6 +586,51 @@ class _ManagedMixin(ServerConnection):
         cast("_CountingProtocol", self.protocol).wsfast_traffic = _Traffic()
 
 
+class _SessionMixin(ServerConnection):
+    """What is put before that of a connection whose client speaks the protocol of resume.
+
+    A message is counted when the application takes it. What it has not taken when its client is back on another
+    connection is thrown away: it comes again there.
+    """
+
+    wsfast_attachment: Attachment
+    wsfast_is_ready: bool
+
+    async def recv(self, decode: bool | None = None) -> Any:
+        while True:
+            message = await super().recv(decode)
+            if not self.wsfast_is_ready:
+                await self._ready(message)
+            elif self.wsfast_attachment.took():
+                return message
+
+    async def recv_streaming(self, decode: bool | None = None) -> AsyncIterator[Any]:
+        if not self.wsfast_is_ready:
+            await self._ready(await super().recv())
+        if not self.wsfast_attachment.is_current:
+            await self.recv()  # which raises that the connection is closed, when it is
+        async for part in super().recv_streaming(decode):
+            yield part
+        self.wsfast_attachment.took()
+
+    async def _ready(self, message: str | bytes) -> None:
+        """The client's second message."""
+        text = message if isinstance(message, str) else bytes(message).decode(errors="replace")
+        self.wsfast_is_ready = True
+        if is_ready(text):
+            self.wsfast_attachment.confirm()
+        else:
+            await self.close(BAD_HANDSHAKE, "ready must come second")
+
+
+def _count_taken(ws: ServerConnection, attachment: Attachment) -> None:
+    """From now on, the messages of the session that the application takes are counted."""
+    session_ws = cast("_SessionMixin", ws)
+    session_ws.wsfast_attachment = attachment
+    session_ws.wsfast_is_ready = False
+    session_ws.__class__ = _with_mixin(_SessionMixin, type(ws))
+
+
 def _why_broken(error: Exception | None) -> str:
     """How a connection ended without a close frame, in the words of a close reason."""
     if error is None:
@@ -522,28 +653,29 @@ def _size(data: Any) -> int:
     return data.nbytes if isinstance(data, memoryview) else len(data)
 
 
-# Class of a connection -> the same with the mixin before it. One entry for each class that a program serves.
-_managed_classes: dict[type[ServerConnection], type[_ManagedMixin]] = {}
+# A mixin and the class of a connection -> the same class with the mixin before it. A few entries for each class that a
+# program serves.
+_mixed_classes: dict[tuple[type, type], type] = {}
 
 
-def _managed_class(cls: type[ServerConnection]) -> type[_ManagedMixin]:
-    managed = _managed_classes.get(cls)
-    if managed is None:
-        bases = (_ManagedMixin,) if cls is ServerConnection else (_ManagedMixin, cls)
-        managed = type(cls.__name__, bases, {"__module__": cls.__module__, "__doc__": cls.__doc__})
-        _managed_classes[cls] = managed
-    return managed
+def _with_mixin(mixin: type[_M], cls: type[ServerConnection]) -> type[_M]:
+    mixed = _mixed_classes.get((mixin, cls))
+    if mixed is None:
+        bases = (mixin,) if cls is ServerConnection else (mixin, cls)
+        mixed = type(cls.__name__, bases, {"__module__": cls.__module__, "__doc__": cls.__doc__})
+        _mixed_classes[mixin, cls] = mixed
+    return cast("type[_M]", mixed)
 
 
 def _managed_factory(create: Callable[..., ServerConnection]) -> Callable[..., ServerConnection]:
     """Something to pass as ``create_connection`` that makes what *create* makes, with counting."""
 
     def create_managed(protocol: ServerProtocol, server: Server, **options: Any) -> ServerConnection:
-        made = _managed_class(create) if isinstance(create, type) else create
+        made = _with_mixin(_ManagedMixin, create) if isinstance(create, type) else create
         connection = made(protocol, server, **options)
         if not isinstance(connection, _ManagedMixin):
             # A function made it, so its class was not known before. The mixin adds no state that __init__ would set.
-            connection.__class__ = _managed_class(type(connection))
+            connection.__class__ = _with_mixin(_ManagedMixin, type(connection))
         # The library holds on to the protocol it made, so it cannot be replaced by another object.
         protocol.__class__ = _CountingProtocol
         protocol.wsfast_traffic = connection.wsfast_traffic = _Traffic()  # type: ignore[attr-defined]

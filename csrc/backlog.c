@@ -1,0 +1,455 @@
+/* Logs that many clients share, and what each has been sent of them; see backlog.h. */
+#include "backlog.h"
+
+/* Runs that are looked through for the one to extend. Who gets messages of more logs in turn has shorter runs. */
+#define LOOKED_THROUGH 64
+/* What an entry costs besides its frame. */
+#define ENTRY_BYTES (sizeof(wsf_message) + sizeof(wsf_frame *) + sizeof(wsf_log *))
+
+static void charge(const wsf_backlog *backlog, int64_t bytes) { (void)WSF_ADD64(backlog->account, bytes); }
+
+/* ---- logs --------------------------------------------------------------------------------------------------------------- */
+
+void wsf_backlog_init(wsf_backlog *backlog, int64_t *account)
+{
+    memset(backlog, 0, sizeof *backlog);
+    backlog->account = account;
+    backlog->first_number = 1;
+}
+
+static uint32_t hash_of_key(uint64_t key) { return (uint32_t)((key * UINT64_C(0x9E3779B97F4A7C15)) >> 32); }
+
+static uint32_t hash_of_log(const void *log) { return hash_of_key(((const wsf_log *)log)->key); }
+
+static int has_key(const void *log, const void *key) { return ((const wsf_log *)log)->key == *(const uint64_t *)key; }
+
+static wsf_log *find_or_make(wsf_backlog *backlog, uint64_t key)
+{
+    wsf_log *log = wsf_table_find(&backlog->logs, hash_of_key(key), &key, has_key);
+    if (log != NULL)
+        return log;
+    log = PyMem_RawMalloc(sizeof *log);
+    if (log == NULL)
+        return NULL;
+    memset(log, 0, sizeof *log);
+    log->key = key;
+    if (wsf_table_insert(&backlog->logs, &backlog->table_bytes, hash_of_key(key), log, hash_of_log) != WSF_OK) {
+        PyMem_RawFree(log);
+        return NULL;
+    }
+    charge(backlog, (int64_t)sizeof *log);
+    WSF_COUNT_LIVE(WSF_LIVE_LOG, 1);
+    return log;
+}
+
+static void free_if_unused(wsf_backlog *backlog, wsf_log *log)
+{
+    if (log->count != 0 || log->runs != 0)
+        return;
+    wsf_table_remove(&backlog->logs, &backlog->table_bytes, hash_of_log(log), log, hash_of_log);
+    charge(backlog, -(int64_t)(sizeof *log + log->capacity * sizeof *log->ring));
+    PyMem_RawFree(log->ring);
+    PyMem_RawFree(log);
+    WSF_COUNT_LIVE(WSF_LIVE_LOG, -1);
+}
+
+static inline wsf_frame **entry_at(const wsf_log *log, uint32_t at) { return &log->ring[(log->head + at) & (log->capacity - 1)]; }
+
+static int make_room(wsf_backlog *backlog, wsf_log *log)
+{
+    if (log->count < log->capacity)
+        return WSF_OK;
+    uint32_t capacity = log->capacity == 0 ? 4 : 2 * log->capacity;
+    wsf_frame **ring = PyMem_RawMalloc(capacity * sizeof *ring);
+    if (ring == NULL)
+        return WSF_NO_MEMORY;
+    for (uint32_t at = 0; at < log->count; at++)
+        ring[at] = *entry_at(log, at);
+    charge(backlog, (int64_t)((capacity - log->capacity) * sizeof *ring));
+    PyMem_RawFree(log->ring);
+    log->ring = ring;
+    log->head = 0;
+    log->capacity = capacity;
+    return WSF_OK;
+}
+
+static int make_room_in_order(wsf_backlog *backlog)
+{
+    if (backlog->count < backlog->capacity)
+        return WSF_OK;
+    uint32_t capacity = backlog->capacity == 0 ? 64 : 2 * backlog->capacity;
+    wsf_log **order = PyMem_RawMalloc(capacity * sizeof *order);
+    if (order == NULL)
+        return WSF_NO_MEMORY;
+    for (uint32_t at = 0; at < backlog->count; at++)
+        order[at] = backlog->order[(backlog->head + at) & (backlog->capacity - 1)];
+    charge(backlog, (int64_t)((capacity - backlog->capacity) * sizeof *order));
+    PyMem_RawFree(backlog->order);
+    backlog->order = order;
+    backlog->head = 0;
+    backlog->capacity = capacity;
+    return WSF_OK;
+}
+
+static wsf_log *oldest_log(const wsf_backlog *backlog) { return backlog->order[backlog->head]; }
+
+static size_t entry_bytes(const wsf_frame *frame) { return sizeof *frame + frame->size + ENTRY_BYTES; }
+
+static void let_go_of_oldest(wsf_backlog *backlog)
+{
+    wsf_log *log = oldest_log(backlog);
+    wsf_frame *frame = *entry_at(log, 0);
+    log->head = (log->head + 1) & (log->capacity - 1);
+    log->count--;
+    log->first++;
+    backlog->head = (backlog->head + 1) & (backlog->capacity - 1);
+    backlog->count--;
+    backlog->first_number++;
+    backlog->bytes -= entry_bytes(frame);
+    wsf_frame_release(frame);
+    free_if_unused(backlog, log);
+}
+
+void wsf_backlog_clear(wsf_backlog *backlog)
+{
+    while (backlog->count != 0)
+        let_go_of_oldest(backlog);
+    charge(backlog, -(int64_t)(backlog->capacity * sizeof *backlog->order));
+    PyMem_RawFree(backlog->order);
+    backlog->order = NULL;
+    backlog->head = backlog->capacity = 0;
+    if (backlog->logs.used == 0)
+        wsf_table_free(&backlog->logs, &backlog->table_bytes);
+}
+
+void wsf_backlog_expire(wsf_backlog *backlog, int64_t now_ns)
+{
+    int64_t before_ns = now_ns - backlog->limits.max_age_ns;
+    while (backlog->count != 0 && (*entry_at(oldest_log(backlog), 0))->message->created_ns < before_ns)
+        let_go_of_oldest(backlog);
+}
+
+void wsf_backlog_add(wsf_backlog *backlog, uint64_t key, wsf_frame *frame)
+{
+    wsf_message *message = frame->message;
+    const wsf_backlog_limits *limits = &backlog->limits;
+    size_t size = entry_bytes(frame);
+    wsf_backlog_expire(backlog, message->created_ns);
+    if (size > limits->max_bytes)
+        return;
+    while (backlog->count != 0 && (backlog->count >= limits->max_messages || backlog->bytes + size > limits->max_bytes))
+        let_go_of_oldest(backlog);
+    wsf_log *log = make_room_in_order(backlog) == WSF_OK ? find_or_make(backlog, key) : NULL;
+    if (log == NULL)
+        return;
+    if (make_room(backlog, log) != WSF_OK) {
+        free_if_unused(backlog, log);
+        return;
+    }
+    message->log = log;
+    message->log_place = log->first + log->count;
+    message->log_number = backlog->first_number + backlog->count;
+    wsf_frame_retain(frame, 1);
+    *entry_at(log, log->count++) = frame;
+    backlog->order[(backlog->head + backlog->count++) & (backlog->capacity - 1)] = log;
+    backlog->bytes += size;
+}
+
+/* ---- runs --------------------------------------------------------------------------------------------------------------- */
+
+static void give_up_run(wsf_backlog *backlog, wsf_run *run)
+{
+    run->log->runs--;
+    free_if_unused(backlog, run->log);
+}
+
+static uint32_t gone_of(const wsf_run *run)
+{
+    uint64_t gone = run->log->first > run->first ? run->log->first - run->first : 0;
+    return gone < run->count ? (uint32_t)gone : run->count;
+}
+
+/* Take runs out that have nothing. The others keep their order. */
+static void close_gaps(wsf_backlog *backlog, wsf_cursor *cursor)
+{
+    uint32_t kept = 0, last = UINT32_MAX;
+    for (uint32_t i = 0; i < cursor->count; i++) {
+        if (cursor->runs[i].count == 0) {
+            give_up_run(backlog, &cursor->runs[i]);
+            continue;
+        }
+        last = i == cursor->last ? kept : last;
+        cursor->runs[kept++] = cursor->runs[i];
+    }
+    cursor->count = kept;
+    cursor->last = last;
+    cursor->low = 0;
+}
+
+static uint64_t kept_by(const wsf_cursor *cursor)
+{
+    uint64_t kept = 0;
+    for (uint32_t i = 0; i < cursor->count; i++)
+        kept += cursor->runs[i].count;
+    return kept;
+}
+
+/* What was let go of: entries from the front of runs. What comes before any of them is of no use either, which is all of the
+ * eras before; within an era the oldest are the first. */
+static void prune(wsf_backlog *backlog, wsf_cursor *cursor)
+{
+    uint32_t useful_from = 0;
+    for (uint32_t i = 0; i < cursor->count; i++)
+        if (gone_of(&cursor->runs[i]) != 0)
+            useful_from = i; /* at least */
+    uint32_t era = cursor->count == 0 ? 0 : cursor->runs[useful_from].era;
+    for (uint32_t i = 0; i < cursor->count; i++) {
+        wsf_run *run = &cursor->runs[i];
+        uint32_t gone = run->era < era ? run->count : gone_of(run);
+        cursor->is_broken |= gone > run->taken;
+        run->first += gone;
+        run->count -= gone;
+        run->taken = gone < run->taken ? run->taken - gone : 0;
+    }
+    close_gaps(backlog, cursor);
+}
+
+void wsf_cursor_clear(wsf_backlog *backlog, wsf_cursor *cursor)
+{
+    for (uint32_t i = 0; i < cursor->count; i++)
+        give_up_run(backlog, &cursor->runs[i]);
+    charge(backlog, -(int64_t)(cursor->capacity * sizeof *cursor->runs));
+    PyMem_RawFree(cursor->runs);
+    cursor->runs = NULL;
+    cursor->count = cursor->capacity = cursor->low = 0;
+    cursor->is_broken |= cursor->handed != cursor->recorded;
+}
+
+/* ---- reading ------------------------------------------------------------------------------------------------------------ */
+
+static uint64_t number_at(const wsf_run *run, uint32_t at)
+{
+    return (*entry_at(run->log, (uint32_t)(run->first - run->log->first) + at))->message->log_number;
+}
+
+/* The run with the next message that was not handed, and the number before which no other run has one; NULL if there is none,
+ * or it was let go. */
+static wsf_run *next_run(wsf_cursor *cursor, uint64_t *before_number)
+{
+    wsf_run *next = NULL;
+    uint64_t number = UINT64_MAX;
+    *before_number = UINT64_MAX;
+    while (cursor->low < cursor->count && cursor->runs[cursor->low].taken == cursor->runs[cursor->low].count)
+        cursor->low++;
+    if (cursor->low == cursor->count || cursor->is_broken)
+        return NULL;
+    uint32_t era = cursor->runs[cursor->low].era;
+    for (uint32_t i = cursor->low; i < cursor->count && cursor->runs[i].era == era; i++) {
+        wsf_run *run = &cursor->runs[i];
+        if (run->from_number > number) { /* and so have all that follow */
+            *before_number = run->from_number < *before_number ? run->from_number : *before_number;
+            break;
+        }
+        if (run->taken == run->count)
+            continue;
+        if (gone_of(run) > run->taken) {
+            cursor->is_broken = 1;
+            return NULL;
+        }
+        uint64_t its = number_at(run, run->taken);
+        if (its < number) {
+            *before_number = number;
+            number = its;
+            next = run;
+        } else if (its < *before_number) {
+            *before_number = its;
+        }
+    }
+    return next;
+}
+
+wsf_frame *wsf_cursor_peek(wsf_cursor *cursor)
+{
+    uint64_t before_number;
+    wsf_run *run = next_run(cursor, &before_number);
+    if (run == NULL)
+        return NULL;
+    cursor->last = (uint32_t)(run - cursor->runs);
+    return *entry_at(run->log, (uint32_t)(run->first - run->log->first) + run->taken);
+}
+
+void wsf_cursor_take(wsf_cursor *cursor)
+{
+    cursor->runs[cursor->last].taken++;
+    cursor->handed++;
+}
+
+/* How many entries of a run, from those on that were not handed, have numbers before this one. */
+static uint32_t count_before(const wsf_run *run, uint64_t number)
+{
+    uint32_t low = run->taken, high = run->count;
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        if (number_at(run, middle) < number)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low - run->taken;
+}
+
+/* Of what is kept, let go of the first so many. They are there. */
+static void let_go_of_first(wsf_backlog *backlog, wsf_cursor *cursor, uint64_t messages)
+{
+    uint64_t before_number;
+    wsf_run *run;
+    for (uint32_t i = 0; i < cursor->count; i++)
+        cursor->runs[i].taken = 0;
+    cursor->low = 0;
+    while (messages != 0 && (run = next_run(cursor, &before_number)) != NULL) {
+        uint32_t together = before_number == UINT64_MAX ? run->count - run->taken : count_before(run, before_number);
+        together = together < messages ? together : (uint32_t)messages;
+        run->taken += together;
+        messages -= together;
+    }
+    for (uint32_t i = 0; i < cursor->count; i++) {
+        run = &cursor->runs[i];
+        run->first += run->taken;
+        run->count -= run->taken;
+        run->taken = 0;
+    }
+    close_gaps(backlog, cursor);
+}
+
+/* ---- adding --------------------------------------------------------------------------------------------------------------- */
+
+static int make_room_for_run(wsf_backlog *backlog, wsf_cursor *cursor)
+{
+    if (cursor->count < cursor->capacity)
+        return WSF_OK;
+    prune(backlog, cursor);
+    while (cursor->count > WSF_MAX_RUNS * 3 / 4 && cursor->handed == cursor->recorded) {
+        let_go_of_first(backlog, cursor, (kept_by(cursor) + 1) / 2);
+        for (uint32_t i = 0; i < cursor->count; i++)
+            cursor->runs[i].taken = cursor->runs[i].count;
+    }
+    if (cursor->count <= cursor->capacity / 2 && cursor->count < cursor->capacity)
+        return WSF_OK;
+    if (cursor->capacity == WSF_MAX_RUNS)
+        return cursor->count < cursor->capacity ? WSF_OK : WSF_NO_MEMORY;
+    uint32_t capacity = cursor->capacity == 0 ? 2 : 2 * cursor->capacity;
+    wsf_run *runs = PyMem_RawRealloc(cursor->runs, capacity * sizeof *runs);
+    if (runs == NULL)
+        return WSF_NO_MEMORY;
+    charge(backlog, (int64_t)((capacity - cursor->capacity) * sizeof *runs));
+    cursor->runs = runs;
+    cursor->capacity = capacity;
+    return WSF_OK;
+}
+
+static inline int continues(const wsf_cursor *cursor, const wsf_run *run, const wsf_message *message)
+{
+    return run->log == message->log && run->era == cursor->era && run->first + run->count == message->log_place;
+}
+
+/* The run that the message continues, or the end. */
+static uint32_t find_run(const wsf_cursor *cursor, const wsf_message *message)
+{
+    if (cursor->last < cursor->count && continues(cursor, &cursor->runs[cursor->last], message))
+        return cursor->last;
+    uint32_t least = cursor->count > LOOKED_THROUGH ? cursor->count - LOOKED_THROUGH : 0;
+    for (uint32_t i = cursor->count; i-- > least && cursor->runs[i].era == cursor->era;)
+        if (cursor->runs[i].log == message->log)
+            return continues(cursor, &cursor->runs[i], message) ? i : cursor->count;
+    return cursor->count;
+}
+
+static int is_kept(const wsf_backlog *backlog, const wsf_message *message)
+{
+    return message->log_number >= backlog->first_number; /* 0: was never kept */
+}
+
+void wsf_cursor_add(wsf_backlog *backlog, wsf_cursor *cursor, const wsf_message *message, int is_handed)
+{
+    uint32_t at = cursor->count;
+    if (is_kept(backlog, message)) {
+        cursor->era += message->log_number < cursor->last_number;
+        cursor->last_number = message->log_number;
+        at = find_run(cursor, message);
+        if (at == cursor->count && make_room_for_run(backlog, cursor) == WSF_OK) {
+            at = cursor->count++;
+            cursor->runs[at] = (wsf_run){message->log, message->log_place, message->log_number, 0, 0, cursor->era};
+            message->log->runs++;
+        }
+    }
+    cursor->recorded++;
+    cursor->handed += is_handed != 0;
+    if (at == cursor->count) { /* nobody can be sent it again, nor what was before it */
+        wsf_cursor_clear(backlog, cursor);
+        return;
+    }
+    cursor->runs[at].count++;
+    cursor->runs[at].taken += is_handed != 0;
+    cursor->last = at;
+    cursor->low = at < cursor->low ? at : cursor->low;
+}
+
+int wsf_cursor_rewind(wsf_backlog *backlog, wsf_cursor *cursor, uint64_t received)
+{
+    prune(backlog, cursor);
+    uint64_t kept = kept_by(cursor), first = cursor->recorded - kept;
+    if (cursor->is_broken || received < first || received > cursor->handed)
+        return 0;
+    let_go_of_first(backlog, cursor, received - first);
+    cursor->handed = received;
+    return 1;
+}
+
+/* ---- debug build ---------------------------------------------------------------------------------------------------------- */
+
+#ifdef WSF_DEBUG
+void wsf_backlog_check(const wsf_backlog *backlog)
+{
+    uint64_t bytes = 0;
+    WSF_ASSERT(backlog->count <= backlog->capacity);
+    for (uint32_t i = 0; i < backlog->count; i++) {
+        const wsf_log *log = backlog->order[(backlog->head + i) & (backlog->capacity - 1)];
+        int is_found = 0;
+        for (uint32_t at = 0; at < log->count; at++) {
+            const wsf_frame *frame = *entry_at(log, at);
+            if (frame->message->log_number != backlog->first_number + i)
+                continue;
+            WSF_ASSERT(frame->references > 0 && frame->message->log == log && frame->message->log_place == log->first + at);
+            bytes += entry_bytes(frame);
+            is_found = 1;
+        }
+        WSF_ASSERT(is_found);
+    }
+    WSF_ASSERT(bytes == backlog->bytes);
+}
+
+void wsf_cursor_check(const wsf_backlog *backlog, const wsf_cursor *cursor)
+{
+    uint64_t taken = 0, kept = 0;
+    WSF_ASSERT(cursor->count <= cursor->capacity && cursor->handed <= cursor->recorded);
+    for (uint32_t i = 0; i < cursor->count; i++) {
+        const wsf_run *run = &cursor->runs[i], *before = i == 0 ? NULL : run - 1;
+        WSF_ASSERT(run->count != 0 && run->taken <= run->count && run->era <= cursor->era && run->log->runs != 0);
+        WSF_ASSERT(run->first + run->count <= run->log->first + run->log->count);
+        WSF_ASSERT(before == NULL || before->era < run->era || before->from_number < run->from_number);
+        WSF_ASSERT(i >= cursor->low || run->taken == run->count);
+        taken += run->taken;
+        kept += run->count;
+    }
+    WSF_ASSERT(kept <= cursor->recorded && taken <= cursor->handed);
+    WSF_ASSERT(cursor->is_broken || kept - taken == cursor->recorded - cursor->handed);
+    (void)backlog;
+}
+#else
+void wsf_backlog_check(const wsf_backlog *backlog) { (void)backlog; }
+void wsf_cursor_check(const wsf_backlog *backlog, const wsf_cursor *cursor)
+{
+    (void)backlog;
+    (void)cursor;
+}
+#endif
