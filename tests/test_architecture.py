@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "hub": {"errors", "events", "adapters", "adapters.websockets", "delivery", "health", "manager"},
     "demo": {"errors", "hub"},
     "cli": {"", "errors"},
-    "__init__": {"errors", "connection", "_core", "events", "delivery", "manager", "health", "metadata"},
+    "__init__": {"errors", "connection", "_core", "events", "delivery", "manager", "health", "metadata", "session"},
     "__main__": {"cli"},
 }
 

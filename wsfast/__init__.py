@@ -22,6 +22,8 @@ from wsfast._core import ConnectionMeta, Registry, fnv1_32, fnv1a_32
 from wsfast.connection import MISSING, ConnectionStatus, Quality
 from wsfast.delivery import Backpressure, BroadcastResult
 from wsfast.errors import (
+    BadHandshake,
+    ClientClosed,
     DetachedRecord,
     DuplicateConnection,
     ForeignRecord,
@@ -37,6 +39,7 @@ from wsfast.errors import (
     PeerTooSlow,
     PermissionDenied,
     Problem,
+    QueueFull,
     UnknownConnection,
     UsageError,
     VersionConflict,
@@ -46,7 +49,9 @@ from wsfast.errors import (
 from wsfast.events import (
     ConnectionCleared,
     ConnectionClosed,
+    ConnectionInterrupted,
     ConnectionOpened,
+    ConnectionResumed,
     ConnectionSuspect,
     ConnectionTooSlow,
     Event,
@@ -60,17 +65,22 @@ from wsfast.events import (
 from wsfast.health import Explanation, Grade, HealthPolicy
 from wsfast.manager import CloseReport, ConnectionManager, DrainPolicy
 from wsfast.metadata import MetadataLimits
+from wsfast.session import SessionPolicy
 
 __all__ = [
     "MISSING",
     "Backpressure",
+    "BadHandshake",
     "BroadcastResult",
+    "ClientClosed",
     "CloseReport",
     "ConnectionCleared",
     "ConnectionClosed",
+    "ConnectionInterrupted",
     "ConnectionManager",
     "ConnectionMeta",
     "ConnectionOpened",
+    "ConnectionResumed",
     "ConnectionStatus",
     "ConnectionSuspect",
     "ConnectionTooSlow",
@@ -101,8 +111,10 @@ __all__ = [
     "PermissionDenied",
     "Problem",
     "Quality",
+    "QueueFull",
     "Registry",
     "SendFailed",
+    "SessionPolicy",
     "UnknownConnection",
     "UsageError",
     "VersionConflict",
