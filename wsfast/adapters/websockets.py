@@ -374,7 +374,9 @@ def _select_subprotocol(
         return cast("str | None", choose(ws, offered))
     if isinstance(ws, _ManagedMixin):
         ws.wsfast_traffic.uncounted = _HANDSHAKE_MESSAGES
-    return with_protocol(choose(ws, inner))
+    chosen = choose(ws, inner)
+    # A browser does not accept what it has not offered.
+    return with_protocol(chosen) if with_protocol(chosen) in offered else chosen
 
 
 def _default_subprotocol(ws: ServerConnection, offered: Sequence[Any]) -> str | None:
