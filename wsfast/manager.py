@@ -1112,6 +1112,11 @@ class Attachment:
         if self.session is not None and self.is_current:
             self.session.confirm()
 
+    def refuse(self, code: int, reason: str) -> None:
+        """The client does not keep to the protocol of resume: close its connection for good."""
+        self.is_final = True
+        self.manager._say_farewell(self, Closed(code, reason, "us"))
+
     def may_be(self, record: ConnectionMeta) -> bool:
         """Whether the connection may be that of this record, by what else is known of who it is."""
         user_id = self.fields.get("user_id")

@@ -34,6 +34,7 @@ from wsfast.errors import BadHandshake, InvalidSetting
 
 __all__ = [
     "BAD_HANDSHAKE",
+    "MOST_CHARACTERS",
     "PROTOCOL",
     "READY",
     "SESSIONS",
@@ -71,7 +72,7 @@ _SECRET_BYTES = 16  # 128 bits: nobody guesses one
 _TOKEN_BYTES = _ID_BYTES + _SECRET_BYTES
 
 # Nothing in a handshake is longer, whatever a client id is made of: 256 bytes of it take at most 1,536 in JSON.
-_MOST_CHARACTERS = 4096
+MOST_CHARACTERS = 4096
 
 # JavaScript has no exact integers beyond this.
 _MOST_COUNTED = 2**53 - 1
@@ -150,8 +151,8 @@ def _decode(message: Data, kind: str) -> dict[str, Any]:
     """The fields of a frame of the handshake."""
     if not isinstance(message, str):
         raise BadHandshake(f"a text message with {kind!r} must come first, not a binary one")
-    if len(message) > _MOST_CHARACTERS:
-        raise BadHandshake(f"{kind!r} is longer than {_MOST_CHARACTERS} characters")
+    if len(message) > MOST_CHARACTERS:
+        raise BadHandshake(f"{kind!r} is longer than {MOST_CHARACTERS} characters")
     try:
         fields = json.loads(message)
     except (ValueError, RecursionError):

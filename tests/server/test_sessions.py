@@ -357,6 +357,41 @@ async def test_a_token_is_good_until_its_successor_has_arrived(manager: Connecti
         assert manager.stats()["not_resumed"] == 1
 
 
+async def test_a_handler_need_not_read_for_a_token_to_be_spent(manager: ConnectionManager, peers: list[Peer]) -> None:
+    async def handler(ws: ServerConnection) -> None:
+        await ws.wait_closed()
+
+    async with serving(handler, manager) as url:
+        peers.append(peer := Peer(url))
+        await peer.connect()
+        token = peer.session.token
+        peer.cut()
+        await away(manager)
+        await peer.connect()
+        await (await peer.ws.ping())  # ready is there
+        peers.append(thief := Peer(url))
+        assert not (await thief.begin(str(Hello(token, 0)))).resumed
+
+
+async def test_whoever_never_had_a_token_is_not_waited_for(manager: ConnectionManager, peers: list[Peer]) -> None:
+    async with room(manager) as (url, _):
+        peers.append(peer := Peer(url))
+        await peer.begin()
+        peer.cut()
+        await until(lambda: len(manager.registry) == 0)
+        assert manager.stats()["interrupted"] == 0
+
+
+@pytest.mark.parametrize("in_pieces", [False, True])
+async def test_ready_may_come_in_pieces(manager: ConnectionManager, peers: list[Peer], in_pieces: bool) -> None:
+    async with room(manager) as (url, given):
+        peers.append(peer := Peer(url))
+        peer.session.welcomed(await peer.begin())
+        await peer.ws.send([READY[:5], READY[5:]] if in_pieces else f"{READY}   ")
+        await peer.send("x")
+        await until(lambda: given == ["x"])
+
+
 async def test_a_client_takes_over_from_a_connection_that_looks_alive(
     manager: ConnectionManager, peers: list[Peer]
 ) -> None:

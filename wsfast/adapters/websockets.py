@@ -63,7 +63,15 @@ from wsfast.errors import (
     ManagerClosed,
     PeerClosed,
 )
-from wsfast.session import BAD_HANDSHAKE, inner_offers, is_ready, read_hello, split_subprotocol, with_protocol
+from wsfast.session import (
+    BAD_HANDSHAKE,
+    MOST_CHARACTERS,
+    inner_offers,
+    is_ready,
+    read_hello,
+    split_subprotocol,
+    with_protocol,
+)
 
 if TYPE_CHECKING:
     from wsfast._core import ConnectionMeta
@@ -332,7 +340,7 @@ async def _run_attached(
             attachment.gives_way = True
             await stack.enter_async_context(attachment)
             if hello is not None:
-                _count_taken(ws, attachment)
+                _expect_ready(ws, attachment)
         except (PeerClosed, LinkClosed):
             return  # it went away before it was identified; there is nobody to serve
         except BadHandshake as error:
@@ -402,6 +410,7 @@ class _Traffic:
     """
 
     __slots__ = (
+        "attachment",
         "broken",
         "bytes_in",
         "bytes_out",
@@ -411,6 +420,7 @@ class _Traffic:
         "messages_out",
         "parts",
         "record",
+        "second",
         "uncounted",
     )
 
@@ -418,6 +428,8 @@ class _Traffic:
         self.broken = ""  # how, once it is
         self.uncounted = 0  # messages that are still to come and belong to a handshake
         self.parts: list[Any] = []  # of a message that is passed on
+        self.attachment: Attachment | None = None  # of a client that speaks the protocol of resume
+        self.second: bytearray | None = None  # what has come of its second message, until that is complete
         self.record: ConnectionMeta | None = None
         self.link: Link | None = None
         self.lost: Callable[[], None] | None = None
@@ -447,6 +459,19 @@ class _Traffic:
             record.received(self.bytes_in, self.messages_in)
         record.sent(self.bytes_out, self.messages_out)
         self.messages_in = self.bytes_in = self.messages_out = self.bytes_out = 0
+
+    def take_second(self, frame: Frame) -> None:
+        """Of the second message of a client that speaks the protocol of resume. The application does not see it, and
+        need not read for it: one that only sends never does."""
+        assert self.second is not None and self.attachment is not None
+        self.second += frame.data
+        if not frame.fin and len(self.second) <= MOST_CHARACTERS:
+            return
+        text, self.second = self.second.decode(errors="replace"), None
+        if frame.fin and is_ready(text):
+            self.attachment.confirm()
+        else:
+            self.attachment.refuse(BAD_HANDSHAKE, "ready must come second")
 
     def end(self) -> None:
         # The record stays, so that a handler that goes on a little longer than its connection is told so by the record
@@ -567,6 +592,9 @@ class _ManagedMixin(ServerConnection):
     def process_event(self, event: Any) -> None:
         if isinstance(event, Frame) and event.opcode in DATA_OPCODES:
             self.wsfast_traffic.received(_size(event.data), int(event.fin))
+            if self.wsfast_traffic.second is not None:
+                self.wsfast_traffic.take_second(event)
+                return
         elif isinstance(event, Frame) and event.opcode is Opcode.PONG and self.wsfast_traffic.link is not None:
             self.wsfast_traffic.link.pong(bytes(event.data))
         super().process_event(event)
@@ -588,48 +616,38 @@ class _ManagedMixin(ServerConnection):
         cast("_CountingProtocol", self.protocol).wsfast_traffic = _Traffic()
 
 
-class _SessionMixin(ServerConnection):
-    """What is put before that of a connection whose client speaks the protocol of resume.
+class _SessionMixin(_ManagedMixin):
+    """What is put before the class of a connection whose client speaks the protocol of resume.
 
     A message is counted when the application takes it. What it has not taken when its client is back on another
     connection is thrown away: it comes again there.
     """
 
-    wsfast_attachment: Attachment
-    wsfast_is_ready: bool
-
     async def recv(self, decode: bool | None = None) -> Any:
         while True:
             message = await super().recv(decode)
-            if not self.wsfast_is_ready:
-                await self._ready(message)
-            elif self.wsfast_attachment.took():
+            if self.wsfast_attachment.took():
                 return message
 
     async def recv_streaming(self, decode: bool | None = None) -> AsyncIterator[Any]:
-        if not self.wsfast_is_ready:
-            await self._ready(await super().recv())
         if not self.wsfast_attachment.is_current:
             await self.recv()  # which raises that the connection is closed, when it is
         async for part in super().recv_streaming(decode):
             yield part
         self.wsfast_attachment.took()
 
-    async def _ready(self, message: str | bytes) -> None:
-        """The client's second message."""
-        text = message if isinstance(message, str) else bytes(message).decode(errors="replace")
-        self.wsfast_is_ready = True
-        if is_ready(text):
-            self.wsfast_attachment.confirm()
-        else:
-            await self.close(BAD_HANDSHAKE, "ready must come second")
+    @property
+    def wsfast_attachment(self) -> Attachment:
+        attachment = self.wsfast_traffic.attachment
+        assert attachment is not None
+        return attachment
 
 
-def _count_taken(ws: ServerConnection, attachment: Attachment) -> None:
-    """From now on, the messages of the session that the application takes are counted."""
+def _expect_ready(ws: ServerConnection, attachment: Attachment) -> None:
+    """The client has been welcomed. From now on, the messages of the session that the application takes are counted."""
     session_ws = cast("_SessionMixin", ws)
-    session_ws.wsfast_attachment = attachment
-    session_ws.wsfast_is_ready = False
+    session_ws.wsfast_traffic.attachment = attachment
+    session_ws.wsfast_traffic.second = bytearray()
     session_ws.__class__ = _with_mixin(_SessionMixin, type(ws))
 
 
