@@ -726,7 +726,7 @@ class ConnectionManager:
         if self._sessions is None or hello is None or hello.token is None:
             return False
         now_s = self._now_s()
-        session = self._sessions.find(hello.token, now_s)
+        session = self._sessions.find(hello.token, now_s, hello.attempt)
         if session is None or not attachment.may_be(session.owner.record):
             self._not_resumed += 1
             return False
@@ -1126,6 +1126,7 @@ class Attachment:
         """Whether the client may come back after this end."""
         return (
             self.session is not None
+            and self.session.is_known
             and not self.is_final
             and self.manager._state == "open"
             and self.record.registry is self.manager._registry

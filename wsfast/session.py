@@ -13,6 +13,8 @@ What it promises:
   new one; the former is spent when the client has confirmed that it has the new one. (If it were spent at once, a
   client whose connection breaks before the answer is there could never come back.) A token is worth nothing once its
   session has ended: ``grace_s`` after the connection was lost, or ``lifetime_s`` after the session began.
+- **Late hellos** change nothing. What a client wrote to a connection that it has given up may arrive when it is back on
+  another one. So it numbers its hellos with a token, and one that was overtaken is not answered with the session.
 - **No guessing.** A session that cannot be resumed as a whole is not resumed: the client is told ``resumed: false``.
 
 Nothing here waits, reads a clock or opens a connection: ``now_s`` is the time by any clock that does not go back, and
@@ -22,9 +24,9 @@ random bytes come from a function that is passed in. No object here may be used 
 from __future__ import annotations
 
 import base64
-import binascii
 import hmac
 import json
+import re
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -69,7 +71,9 @@ Data: TypeAlias = str | bytes
 _SEPARATOR = "+"
 _ID_BYTES = 16
 _SECRET_BYTES = 16  # 128 bits: nobody guesses one
-_TOKEN_BYTES = _ID_BYTES + _SECRET_BYTES
+
+# 32 bytes in base64url, which leave the last two bits unused: they must be 0, so that each token has one spelling.
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{42}[AEIMQUYcgkosw048]")
 
 # Nothing in a handshake is longer, whatever a client id is made of: 256 bytes of it take at most 1,536 in JSON.
 MOST_CHARACTERS = 4096
@@ -119,6 +123,8 @@ class Hello(NamedTuple):
     """Of the session that it wants to go on with; None: a new one."""
     received: int = 0
     """How many messages it has been given in that session."""
+    attempt: int = 0
+    """Which of its hellos with this token this is, from 1; 0: it does not tell."""
 
     def __str__(self) -> str:
         return _encode("hello") if self.token is None else _encode("hello", **self._asdict())
@@ -162,11 +168,11 @@ def _decode(message: Data, kind: str) -> dict[str, Any]:
     return fields
 
 
-def _count(fields: dict[str, Any]) -> int:
-    received = fields.get("received", 0)
-    if type(received) is not int or not 0 <= received <= _MOST_COUNTED:
-        raise BadHandshake("received must be a whole number from 0 to 2**53 - 1")
-    return received
+def _count(fields: dict[str, Any], name: str) -> int:
+    count = fields.get(name, 0)
+    if type(count) is not int or not 0 <= count <= _MOST_COUNTED:
+        raise BadHandshake(f"{name} must be a whole number from 0 to 2**53 - 1")
+    return count
 
 
 def _seconds(fields: dict[str, Any], name: str) -> float | None:
@@ -188,7 +194,7 @@ def _token(fields: dict[str, Any]) -> str | None:
 def read_hello(message: Data) -> Hello:
     """What a client's first message says. Raises BadHandshake, with a text that is fit for the client to read."""
     fields = _decode(message, "hello")
-    return Hello(_token(fields), _count(fields))
+    return Hello(_token(fields), _count(fields, "received"), _count(fields, "attempt"))
 
 
 def read_welcome(message: Data) -> Welcome:
@@ -197,11 +203,14 @@ def read_welcome(message: Data) -> Welcome:
     client_id, resumed = fields.get("client_id"), fields.get("resumed")
     if not isinstance(client_id, str) or not isinstance(resumed, bool):
         raise BadHandshake("client_id must be a string, and resumed true or false")
+    token = _token(fields)
+    if resumed and token is None:
+        raise BadHandshake("a session that is resumed must have a token")
     return Welcome(
         client_id,
-        _token(fields),
+        token,
         resumed,
-        _count(fields),
+        _count(fields, "received"),
         _seconds(fields, "grace_s") or 0.0,
         _seconds(fields, "spread_s"),
     )
@@ -265,19 +274,35 @@ class Session:
         began_s: when.
         received: messages of the client that the application has been given.
         resumes: how often the client has come back.
+        is_known: whether the client is known to have had a token: it can come back.
         owner: whatever the caller wants to find by the session.
     """
 
-    __slots__ = ("_former", "_secret", "began_s", "key", "owner", "received", "resumes")
+    __slots__ = (
+        "_attempt",
+        "_former",
+        "_presented",
+        "_secret",
+        "began_s",
+        "is_known",
+        "key",
+        "owner",
+        "received",
+        "resumes",
+    )
 
     def __init__(self, key: bytes, secret: bytes, began_s: float) -> None:
         self.key = key
         self.began_s = began_s
         self.received = 0
         self.resumes = 0
+        self.is_known = False
         self.owner: Any = None
-        self._secret = secret
-        self._former = secret
+        # The former token is the one that the client is known to have; without a new one it is the present one too.
+        self._secret = self._former = secret
+        # Of the former token: the last attempt that was answered.
+        self._attempt = 0
+        self._presented = secret, 0
 
     @property
     def token(self) -> str:
@@ -290,18 +315,25 @@ class Session:
 
     def confirm(self) -> None:
         """The client has the token: the former one is spent."""
-        self._former = self._secret
+        self._former, self._attempt = self._secret, 0
+        self.is_known = True
+
+    def presented(self, secret: bytes, attempt: int = 0) -> bool:
+        """Whether this is the secret of a token that is good, and the attempt is later than those that were answered.
+
+        No token is spent before :meth:`renew`.
+        """
+        is_present, is_former = hmac.compare_digest(self._secret, secret), hmac.compare_digest(self._former, secret)
+        is_late = is_former and 0 < attempt <= self._attempt
+        if not (is_present or is_former) or is_late:
+            return False
+        self._presented = secret, attempt
+        self.is_known = True
+        return True
 
     def renew(self, secret: bytes) -> None:
-        """There is a new token. The one that the client has last been seen to have stays good until it confirms."""
-        self._secret = secret
-
-    def presented(self, secret: bytes) -> bool:
-        """Whether this is the secret of a token that is good; then the client is known to have that one."""
-        is_present, is_former = hmac.compare_digest(self._secret, secret), hmac.compare_digest(self._former, secret)
-        if is_present:
-            self._former = self._secret
-        return is_present or is_former
+        """There is a new token. The one that was presented last stays good until the client confirms."""
+        (self._former, self._attempt), self._secret = self._presented, secret
 
 
 class Sessions:
@@ -338,29 +370,34 @@ class Sessions:
         session = self._sessions[key] = Session(key, self._random_bytes(_SECRET_BYTES), now_s)
         return session
 
-    def find(self, token: str, now_s: float) -> Session | None:
-        """The session that a token is good for; None: for none, whatever is wrong with it."""
-        try:
-            key_and_secret = base64.b64decode(token + "=", altchars=b"-_", validate=True)
-        except (ValueError, binascii.Error):
+    def find(self, token: str, now_s: float, attempt: int = 0) -> Session | None:
+        """The session that a token is good for; None: for none, whatever is wrong with it, or the attempt is late.
+
+        Nothing has changed then: the caller may still refuse. :meth:`resume` must follow before anything else is looked
+        for, as it goes on from the token that was found last.
+        """
+        if not _TOKEN.fullmatch(token):
             return None
-        if len(key_and_secret) != _TOKEN_BYTES:
-            return None
+        key_and_secret = base64.urlsafe_b64decode(token + "=")
         session = self._sessions.get(key_and_secret[:_ID_BYTES])
-        if session is None or not session.presented(key_and_secret[_ID_BYTES:]):
+        if session is None or not session.presented(key_and_secret[_ID_BYTES:], attempt):
             return None
-        due_s = self._away.get(session, now_s)
-        return session if due_s >= now_s and now_s - session.began_s <= self.policy.lifetime_s else None
+        is_due = session in self._away and self._away[session] <= now_s
+        return None if is_due or now_s - session.began_s > self.policy.lifetime_s else session
 
     def resume(self, session: Session) -> None:
-        """Its client is back, and is to be given a new token."""
+        """Its client is back with the token that was found, and is to be given a new one."""
         self._away.pop(session, None)
         session.resumes += 1
         session.renew(self._random_bytes(_SECRET_BYTES))
 
     def leave(self, session: Session, now_s: float) -> Session | None:
-        """Its client is away. Returns one that is to be given up in its place, if too many are."""
-        self._away[session] = now_s + self.policy.grace_s
+        """Its client is away. Returns one that is to be given up in its place, if too many are.
+
+        For one that has ended, or that is away already, nothing changes.
+        """
+        if session.key in self._sessions:
+            self._away.setdefault(session, now_s + self.policy.grace_s)
         return next(iter(self._away)) if len(self._away) > self.policy.max_away else None
 
     def end(self, session: Session) -> None:
@@ -389,8 +426,8 @@ class Resumed(NamedTuple):
     lost: int
     """Messages before those that the server has not been given either, and that are not kept any more."""
     unconfirmed: int
-    """Messages of the session before, of which nobody knows whether the server was given them. Only if the session
-    was not resumed."""
+    """Messages of the session before, kept or not, of which nobody knows whether the server was given them. Only if the
+    session was not resumed."""
 
 
 class ClientSession:
@@ -398,7 +435,10 @@ class ClientSession:
 
     Args:
         max_kept, max_kept_bytes: messages that are kept for the case that the connection is lost. Beyond it the oldest
-            are let go. With ``max_kept`` 0 none is.
+            are let go. With ``max_kept`` 0 none is, and none is without a session.
+
+    Raises:
+        InvalidSetting: one of them is negative, or no whole number.
 
     Attributes:
         client_id: as the server told; None before the first welcome.
@@ -408,6 +448,9 @@ class ClientSession:
     """
 
     def __init__(self, max_kept: int = 1000, max_kept_bytes: int = 2**20) -> None:
+        for name, value in (("max_kept", max_kept), ("max_kept_bytes", max_kept_bytes)):
+            if not (isinstance(value, int) and value >= 0):
+                raise InvalidSetting(name, value, "a whole number from 0")
         self._max_kept = max_kept
         self._max_kept_bytes = max_kept_bytes
         self._kept: deque[tuple[Data, int]] = deque()
@@ -416,6 +459,9 @@ class ClientSession:
         self.token: str | None = None
         self.received = 0
         self.sent = 0
+        # Of those, how many the server is known to have been given.
+        self._confirmed = 0
+        self._attempt = 0
 
     @property
     def kept(self) -> int:
@@ -423,40 +469,39 @@ class ClientSession:
         return len(self._kept)
 
     def hello(self) -> str:
-        """The first frame on a new connection."""
-        return str(Hello(self.token, self.received))
+        """The first frame on a new connection, and for each a new one."""
+        self._attempt += 1
+        return str(Hello(self.token, self.received, self._attempt))
 
     def welcomed(self, welcome: Welcome) -> Resumed:
         """The server has answered. ``READY`` is to be sent next, then ``resend``, then what is new.
 
         Raises:
-            BadHandshake: it says that it was given more than was sent.
+            BadHandshake: it says that it was given more than was sent, or less than it said before.
         """
-        if welcome.resumed:
-            return self._go_on(welcome)
-        unconfirmed = self.forget()
-        self.client_id, self.token = welcome.client_id, welcome.token
-        return Resumed([], 0, unconfirmed)
+        resumed = self._go_on(welcome.received) if welcome.resumed else Resumed([], 0, self.forget())
+        self.client_id, self.token, self._attempt = welcome.client_id, welcome.token, 0
+        return resumed
 
-    def _go_on(self, welcome: Welcome) -> Resumed:
-        if self.token is None or welcome.received > self.sent:
+    def _go_on(self, received: int) -> Resumed:
+        if self.token is None or not self._confirmed <= received <= self.sent:
             raise BadHandshake("the server resumes what there was not")
         first = self.sent - len(self._kept)
-        for _ in range(welcome.received - first):
+        for _ in range(received - first):
             self._drop()
-        lost = max(0, first - welcome.received)
+        lost = max(0, first - received)
         # What was lost is not counted by the server, and never will be.
         self.sent -= lost
-        self.client_id, self.token = welcome.client_id, welcome.token
+        self._confirmed = received
         return Resumed([message for message, _ in self._kept], lost, 0)
 
     def forget(self) -> int:
-        """There is no session any more. Returns how many messages were kept."""
-        kept = len(self._kept)
+        """There is no session any more. Returns of how many messages nobody knows whether the server was given them."""
+        unconfirmed = self.sent - self._confirmed
         self._kept.clear()
-        self._kept_bytes = self.received = self.sent = 0
+        self._kept_bytes = self.received = self.sent = self._confirmed = 0
         self.token = None
-        return kept
+        return unconfirmed
 
     def took(self) -> None:
         """The application has been given one more message."""
@@ -466,6 +511,8 @@ class ClientSession:
         """One more message is sent on the present connection."""
         nbytes = len(message) if isinstance(message, bytes) or message.isascii() else len(message.encode())
         self.sent += 1
+        if self.token is None:
+            return
         self._kept.append((message, nbytes))
         self._kept_bytes += nbytes
         while len(self._kept) > self._max_kept or self._kept_bytes > self._max_kept_bytes:
