@@ -65,6 +65,7 @@ from wsfast.events import (
 from wsfast.health import Explanation, Grade, HealthPolicy
 from wsfast.manager import CloseReport, ConnectionManager, DrainPolicy
 from wsfast.metadata import MetadataLimits
+from wsfast.reconnect import HerdPolicy
 from wsfast.session import SessionPolicy
 
 __all__ = [
@@ -93,6 +94,7 @@ __all__ = [
     "Grade",
     "GradeChanged",
     "HealthPolicy",
+    "HerdPolicy",
     "InvalidName",
     "InvalidSetting",
     "LimitExceeded",

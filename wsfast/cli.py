@@ -2,7 +2,8 @@
 
 Whatever can go wrong for a reason that a user can do something about is one line on standard error and exit status 1;
 a wrong option is 2, as click does it. The first SIGINT or SIGTERM drains and ends with 0, the second one ends at once
-with 130. The libraries of the extra ``serve`` are imported only by the commands that need them.
+with 130. SIGHUP, where there is one, drains ``serve`` for a restart: its clients are told when to come back. The
+libraries of the extra ``serve`` are imported only by the commands that need them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import click
 
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 logger = logging.getLogger("wsfast")
+
+Reason: TypeAlias = Literal["shutdown", "restart"]
+
+# Windows has none.
+_HANGUP: int | None = getattr(signal, "SIGHUP", None)
 
 # As a shell reports a process that SIGINT ended.
 _FORCED_EXIT = 130
@@ -74,7 +80,7 @@ def _uvloop_option(command: Callable[..., None]) -> Callable[..., None]:
     "--slow-clients",
     type=click.Choice(["disconnect", "drop_newest", "drop_oldest", "keep"]),
     default="disconnect",
-    help="What becomes of a client for which too much waits; disconnected with 1013, it may come back.",
+    help="What becomes of a client for which too much waits; disconnected with 1013, it is told when to come back.",
 )
 @click.option("--max-queued-bytes", default=2**20, type=_POSITIVE, help="Most that may wait for one client.")
 @click.option(
@@ -82,6 +88,24 @@ def _uvloop_option(command: Callable[..., None]) -> Callable[..., None]:
     default=30.0,
     type=click.FloatRange(min=0, min_open=True),
     help="Seconds that it may wait.",
+)
+@click.option(
+    "--accept-rate",
+    type=click.FloatRange(min=0, min_open=True),
+    help="New connections per second to let in; others get 503 with Retry-After.  [default: all are let in]",
+)
+@click.option(
+    "--away",
+    "away_s",
+    default=5.0,
+    type=click.FloatRange(min=0),
+    help="Seconds from the signal until a server that restarts is expected to be back.",
+)
+@click.option(
+    "--on-term",
+    type=click.Choice(["shutdown", "restart"]),
+    default="shutdown",
+    help="What clients are told on SIGTERM: that the server ends, or, as on SIGHUP, when to come back.",
 )
 @click.option(
     "--threads",
@@ -112,6 +136,7 @@ def serve(
     *,
     ping_interval: float,
     drain_timeout: float,
+    on_term: Reason,
     stats_interval: float,
     log_level: str,
     use_uvloop: bool | None,
@@ -139,23 +164,26 @@ def serve(
 
     async def run() -> None:
         settings = hub_module.HubSettings(ping_interval_s=ping_interval or None, **options)
-        await _serve(hub_module.Hub(settings), drain_timeout, stats_interval)
+        await _serve(hub_module.Hub(settings), drain_timeout, stats_interval, on_term)
 
     _run(run, use_uvloop)
 
 
-async def _serve(hub: Hub, drain_timeout_s: float, stats_interval_s: float) -> None:
+async def _serve(hub: Hub, drain_timeout_s: float, stats_interval_s: float, on_term: Reason) -> None:
     stop = asyncio.Event()
-    _set_on_signal(stop)
+    reasons: dict[int, Reason] = {signal.SIGINT: "shutdown", signal.SIGTERM: on_term}
+    first = _set_on_signal(stop, hangup=True)
     await hub.start()
     logger.info("listening on %s", hub.url)
     statistics = asyncio.create_task(_log_stats(hub, stats_interval_s))
+    reason: Reason = "shutdown"
     try:
         await stop.wait()
-        logger.info("draining %d connections; once more to end at once", len(hub.manager.registry))
+        reason = reasons.get(first[0], "restart")
+        logger.info("draining %d connections for a %s; once more to end at once", len(hub.manager.registry), reason)
     finally:
         statistics.cancel()
-        await hub.stop(drain_timeout_s)
+        await hub.stop(drain_timeout_s, reason=reason)
     logger.info("ended")
 
 
@@ -227,22 +255,40 @@ def _configure_logging(level: str) -> None:
         logging.getLogger("websockets").setLevel(logging.CRITICAL)
 
 
-def _set_on_signal(stop: asyncio.Event) -> None:
-    """Have the first signal set *stop*, and the second one end the process."""
-    loop = asyncio.get_running_loop()
+def _set_on_signal(stop: asyncio.Event, *, hangup: bool = False) -> list[int]:
+    """Have the first signal set *stop*, and the second one end the process.
 
-    def received() -> None:
+    Args:
+        stop: the event.
+        hangup: whether SIGHUP is one of them, where there is one. It ends nothing at once, as shells and service
+            managers send it behind others.
+
+    Returns:
+        A list that has the first signal in it once *stop* is set by one.
+    """
+    loop = asyncio.get_running_loop()
+    first: list[int] = []
+
+    def received(number: int) -> None:
         if stop.is_set():
+            if number == _HANGUP:
+                return
             click.echo("wsfast: ended at once", err=True)
             logging.shutdown()
             os._exit(_FORCED_EXIT)
+        first.append(number)
         stop.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers: list[int] = [signal.SIGINT, signal.SIGTERM]
+    # Whoever started this with nohup wants it to be ignored.
+    if hangup and _HANGUP is not None and signal.getsignal(_HANGUP) is not signal.SIG_IGN:
+        numbers.append(_HANGUP)
+    for number in numbers:
         try:
-            loop.add_signal_handler(number, received)
+            loop.add_signal_handler(number, received, number)
         except NotImplementedError:  # Windows
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(received))
+            signal.signal(number, lambda number, _: loop.call_soon_threadsafe(received, number))
+    return first
 
 
 def _run(command: Callable[[], Coroutine[Any, Any, None]], use_uvloop: bool | None) -> None:

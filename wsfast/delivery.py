@@ -71,8 +71,8 @@ Message = str | bytes | bytearray | memoryview
 
 Policy = Literal["keep", "drop_newest", "drop_oldest", "conflate", "disconnect"]
 
-TOO_SLOW = Closed(1013, "too slow: too much waited to be sent; connect again", "us")
-"""How a connection is closed that does not keep up. 1013 is "try again later": a client may come back at once."""
+TOO_SLOW = Closed(1013, "too slow: too much waited to be sent", "us")
+"""How a connection is closed that does not keep up. 1013 is "try again later": a client takes its time."""
 
 # How long a flush holds the loop at a time. A ping or a small request waits no longer than this for it.
 _SLICE_NS = 1_000_000
@@ -121,7 +121,8 @@ class Backpressure:
         max_total_bytes: that all connections of the manager may make it keep: frames, each counted once however many
             outboxes it is in; the outboxes; and what transports have copied. Beyond it, those for whom most waits lose
             what waits, or are disconnected if the policy drops nothing or if that is not enough.
-        code, reason: of the close frame. 1013 is "try again later".
+        code, reason: of the close frame. 1013 is "try again later". When that is, stands behind the reason, if the code
+            is one after which clients come back; see ``HerdPolicy``.
 
     A frame on its way is never cut off in the middle. With ``drop_oldest`` and ``conflate`` the newest message always
     has its place, however long it is.

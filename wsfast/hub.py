@@ -33,9 +33,11 @@ What cannot be done is answered by ``{"type": "error", "code": ..., "reason": ..
 a UTF-8 form), ``not_an_object``, ``missing_field``, ``wrong_type``, ``bad_value``, ``unknown_type``, ``bad_name``,
 ``too_many_groups``, ``not_a_member``, ``not_connected``.
 
-Close codes: 1013 for a client that reads too slowly; 4408 for one that gave no sign of life; 1008 with the reason if
-the ids of the URL cannot be used or the client id is taken; 1009 for a message of more than four times the limit, which
-is not even read; 4409 for a client whose id was taken over (``on_duplicate="replace"``); 1001 when the server ends.
+Close codes: 1001 when the server ends, 1012 when it restarts; 1013 for a client that reads too slowly; 4408 for one
+that gave no sign of life; 1008 with the reason if the ids of the URL cannot be used or the client id is taken; 1009 for
+a message of more than four times the limit, which is not even read; 4409 for a client whose id was taken over
+(``on_duplicate="replace"``). With 1012 and 1013, the reason tells when to come back. While the server ends, and while
+more come than are let in (``accept_rate``), the opening handshake is answered with 503 and Retry-After.
 
 Not done here: authentication. The ids of the URL are taken on trust.
 """
@@ -73,6 +75,7 @@ from wsfast.errors import (
 from wsfast.events import ConnectionClosed, ConnectionOpened
 from wsfast.health import HealthPolicy
 from wsfast.manager import Connection, ConnectionManager
+from wsfast.reconnect import HerdPolicy
 
 __all__ = ["CannotListen", "Hub", "HubSettings", "Refused", "parse"]
 
@@ -117,6 +120,8 @@ class HubSettings:
         compression: whether permessage-deflate is offered. It costs memory and time for each connection.
         slow_clients, max_queued_bytes, max_queued_s: what becomes of a client that reads too slowly, and how slow that
             is: ``policy``, ``max_bytes`` and ``max_age_s`` of ``Backpressure``.
+        accept_rate: new connections per second that are let in; what comes beyond gets 503. None: all are let in.
+        away_s: how long the server is expected to be away when it restarts. See ``HerdPolicy`` for both.
         threads: that write to sockets; None: as many as there are cores, but no more than 4.
     """
 
@@ -135,6 +140,8 @@ class HubSettings:
     slow_clients: Literal["disconnect", "drop_newest", "drop_oldest", "keep"] = "disconnect"
     max_queued_bytes: int = 2**20
     max_queued_s: float = 30.0
+    accept_rate: float | None = None
+    away_s: float = 5.0
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -184,6 +191,7 @@ class Hub:
                 policy=settings.slow_clients, max_bytes=settings.max_queued_bytes, max_age_s=settings.max_queued_s
             ),
             health=None if settings.ping_interval_s is None else HealthPolicy.every(settings.ping_interval_s),
+            herd=_herd_policy(settings),
             threads=settings.threads,
         )
         self.manager.on(ConnectionOpened, _log_opened)
@@ -234,12 +242,12 @@ class Hub:
                 raise CannotListen(settings.host, settings.port, why) from error
             raise
 
-    async def stop(self, timeout_s: float = 10.0) -> None:
+    async def stop(self, timeout_s: float = 10.0, *, reason: Literal["shutdown", "restart"] = "shutdown") -> None:
         """Stop listening, and drain: see ``ConnectionManager.close``."""
         server, self._server = self._server, None
         if server is not None:
             server.close(close_connections=False)
-        await self.manager.close(timeout_s)
+        await self.manager.close(timeout_s, reason=reason)
         if server is not None:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(server.wait_closed(), _HANDSHAKE_GRACE_S)
@@ -372,6 +380,12 @@ class Hub:
             "members": [{"client_id": client_id, "user_id": user_id} for client_id, user_id in page[:limit]],
             "next": page[limit - 1][0] if len(page) > limit else None,
         }
+
+
+def _herd_policy(settings: HubSettings) -> HerdPolicy:
+    if settings.accept_rate is None:
+        return HerdPolicy(away_s=settings.away_s)
+    return HerdPolicy(accept_rate=settings.accept_rate, away_s=settings.away_s, admission=True)
 
 
 def parse(message: str | bytes, max_bytes: int) -> dict[str, Any]:

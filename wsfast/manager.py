@@ -25,6 +25,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
+from random import random
 from time import monotonic_ns, perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, TypeVar, Unpack, cast
@@ -58,6 +59,7 @@ from wsfast.events import (
 from wsfast.health import HEALTH, Explanation, HealthMonitor, HealthPolicy
 from wsfast.heartbeat import Heartbeat
 from wsfast.metadata import METADATA, Declarations, MetadataLimits, MetadataManager
+from wsfast.reconnect import HERD, Advice, Herd, HerdPolicy, Verdict, verdict_of
 from wsfast.session import SESSIONS, Hello, Session, SessionPolicy, Sessions, Welcome
 
 if TYPE_CHECKING:
@@ -78,6 +80,8 @@ must not connect again by itself, or the two would push each other out for ever.
 
 TAKEN_OVER = Closed(REPLACED.code, "its client goes on with another connection", "us")
 """How the former connection of a session is closed that looks alive when its client comes back."""
+# "Service restart", of the registry of IANA.
+_RESTART = 1012
 
 # 128 bits: nobody guesses a client id that the manager made.
 _GENERATED_ID_BYTES = 16
@@ -161,7 +165,8 @@ class DrainPolicy:
     """How a manager that closes sends its connections away.
 
     Attributes:
-        code, reason: of the close frames.
+        code, reason: of the close frames. A server that restarts closes with 1012, and with what it tells its clients
+            behind the reason, which is cut where that leaves it no room.
         batch: connections whose close begins together.
         pause_s: between two batches. It is cut where the batches would take more than half of the time there is.
     """
@@ -236,6 +241,8 @@ class ConnectionManager:
         metadata: how much of it there may be.
         sessions: how clients are waited for that speak the protocol of resume, and what is kept for them; None: they
             are not, and that protocol is not spoken. Other clients are not concerned.
+        herd: how clients are kept apart that would come together: how many the server can bear, and what those are told
+            that are turned away, given up, or closed because it restarts.
         threads: how many threads write to sockets, the event loop's own included: at most 16. By default one for each
             core that the process may use, but no more than 4. The others start with the first large fan-out, hold no
             GIL, and end with the manager.
@@ -263,6 +270,7 @@ class ConnectionManager:
         health: HealthPolicy | None = HEALTH,
         metadata: MetadataLimits = METADATA,
         sessions: SessionPolicy | None = SESSIONS,
+        herd: HerdPolicy = HERD,
         threads: int | None = None,
     ) -> None:
         if max_message_bytes < 1:
@@ -302,10 +310,12 @@ class ConnectionManager:
         self._health = None if health is None else _make_monitor(health, registry)
         self._metadata = self._make_metadata(metadata)
         self._heartbeat: Heartbeat | None = None
+        self._herd = Herd(herd, random, self._now_s())
         self._too_slow = Closed(backpressure.code, backpressure.reason, "us")
         # What we close with where the client may well come back.
         self._deliberate = _DELIBERATE - {backpressure.code} - ({health.code} if health is not None else set())
         self._drain = drain
+        self._going_away = Closed(drain.code, drain.reason, "us")
         self._state = "not started"
         self._thread = 0
         # By the identity of the library's object, which an attachment keeps alive.
@@ -342,6 +352,11 @@ class ConnectionManager:
         return self._metadata
 
     @property
+    def reconnect(self) -> Herd:
+        """What clients are told about coming back. Its times are seconds of the registry's clock."""
+        return self._herd
+
+    @property
     def events(self) -> EventBus:
         """The bus behind :meth:`on`."""
         return self._events
@@ -376,7 +391,9 @@ class ConnectionManager:
         self._metadata.run_on(self._thread, partial(self._wake_to_announce, asyncio.get_running_loop()))
         self._state = "open"
 
-    async def close(self, timeout_s: float = 10.0) -> CloseReport:
+    async def close(
+        self, timeout_s: float = 10.0, *, reason: Literal["shutdown", "restart"] = "shutdown"
+    ) -> CloseReport:
         """Stop accepting, deliver what waits, close every connection, and end. Calling it again waits for the same end.
 
         Each connection gets what waits for it, for up to half of *timeout_s* seconds, and is then closed, behind what
@@ -384,17 +401,28 @@ class ConnectionManager:
         seconds are cut off. Then every record is detached, with its ``ConnectionClosed``, and asynchronous subscribers
         have one more second for what waits for them.
 
+        With the *reason* "restart" connections are closed with 1012, and each is told when to come back: in random
+        order, over what ``HerdPolicy`` says, beginning ``away_s`` after this call.
+
         It ends also if the caller is cancelled, but then nobody waits for it.
 
         Returns:
             How that went, and what could not be delivered. The latter is logged as well.
+
+        Raises:
+            InvalidSetting: *reason* is neither.
+            WrongThread.
         """
+        if reason not in ("shutdown", "restart"):
+            raise InvalidSetting("reason", reason, "'shutdown' or 'restart'")
         if self._state == "not started":
+            self._begin_to_leave(reason)
             self._state = "closed"
         if self._closing is None:
             if self._state == "closed":
                 return CloseReport()
             self._check("close")
+            self._begin_to_leave(reason)
             self._state = "closing"
             self._closing = asyncio.get_running_loop().create_task(self._close(timeout_s))
         return await asyncio.shield(self._closing)
@@ -403,6 +431,20 @@ class ConnectionManager:
     def sessions(self) -> SessionPolicy | None:
         """How clients that speak the protocol of resume are waited for; None: they are not."""
         return None if self._sessions is None else self._sessions.policy
+
+    def admit(self) -> float:
+        """Ask whether one more connection may come in. For adapters, and for servers that have none: before the opening
+        handshake is answered.
+
+        Returns:
+            0 if it may, else seconds until it is to try again, for the header ``Retry-After`` of an answer 503.
+            ``HerdPolicy.admission`` decides; while and after the manager closes, nobody may come in.
+        """
+        return self._herd.admit(self._now_s())
+
+    def refusal(self) -> Closed:
+        """How to close a connection that cannot be attached any more, because the manager closes: ``ManagerClosed``."""
+        return _told(self._going_away, self._herd.refusal(self._now_s()))
 
     def attach(
         self, ws: Any, client_id: str | None = None, *, hello: Hello | None = None, **fields: Unpack[RecordFields]
@@ -559,7 +601,8 @@ class ConnectionManager:
     def stats(self) -> dict[str, int]:
         """The registry's totals (see ``Registry.stats``), and:
 
-        ``opened`` and ``closed``: connections so far. ``event_errors`` and ``events_dropped``: see ``EventBus``.
+        ``opened`` and ``closed``: connections so far. ``turned_away``: those that were not let in, see :meth:`admit`.
+        ``event_errors`` and ``events_dropped``: see ``EventBus``.
 
         ``interrupted``, ``resumed`` and ``not_resumed``: how often a client with a session was lost, came back to it,
         and came back in vain; ``away``: such clients that are waited for now; ``kept_messages`` and ``kept_bytes``:
@@ -588,6 +631,7 @@ class ConnectionManager:
             "resumed": self._resumed,
             "not_resumed": self._not_resumed,
             "away": len(self._away),
+            "turned_away": self._herd.turned_away,
             "event_errors": self._events.errors,
             "events_dropped": self._events.dropped,
             **delivery,
@@ -714,7 +758,7 @@ class ConnectionManager:
             session.owner = attachment
             token, grace_s = session.token, self._sessions.policy.grace_s
             self._arm_session_timer()
-        attachment.welcome = Welcome(attachment.record.client_id, token, grace_s=grace_s)
+        attachment.welcome = Welcome(attachment.record.client_id, token, grace_s=grace_s, spread_s=self._spread_s())
 
     def _end_session(self, attachment: Attachment) -> None:
         if self._sessions is not None and attachment.session is not None:
@@ -754,7 +798,12 @@ class ConnectionManager:
         attachment.record, attachment.link = away.record, link
         attachment.session, attachment.resumes = session, session.resumes
         attachment.welcome = Welcome(
-            away.record.client_id, session.token, True, session.received, self._sessions.policy.grace_s
+            away.record.client_id,
+            session.token,
+            True,
+            session.received,
+            self._sessions.policy.grace_s,
+            self._spread_s(),
         )
         missed = link.owed
         away.record.conn = attachment.ws
@@ -773,6 +822,10 @@ class ConnectionManager:
         self._resumed += 1
         if self._events.wants(ConnectionResumed):
             self._events.publish(ConnectionResumed(away.record, now_s - away.since_s, missed))
+
+    def _spread_s(self) -> float:
+        """Over how many seconds those who are here are to spread, should they lose us all at once."""
+        return self._herd.spread_s(len(self._attachments) + len(self._away))
 
     def _interrupt(self, attachment: Attachment, closed: Closed) -> None:
         """The connection of a session has ended, but its client may come back."""
@@ -809,10 +862,10 @@ class ConnectionManager:
     def _arm_session_timer(self) -> None:
         """Look at sessions when the next client is to be given up, or something may have been kept for too long."""
         assert self._sessions is not None
-        loop = asyncio.get_running_loop()
-        at = self._now_s() + self._sessions.policy.max_age_s / _LOOKS_PER_KEPT_AGE
+        loop, wait_s = asyncio.get_running_loop(), self._sessions.policy.max_age_s / _LOOKS_PER_KEPT_AGE
         if self._sessions.next_due_s is not None:
-            at = min(at, self._sessions.next_due_s)
+            wait_s = min(wait_s, self._sessions.next_due_s - self._now_s())
+        at = loop.time() + max(0.0, wait_s)
         if self._session_timer is not None:
             if self._session_timer.when() <= at:
                 return
@@ -826,9 +879,6 @@ class ConnectionManager:
             self._end_away(session, session.owner.closed)
         if self._delivery.expire_kept():
             self._arm_session_timer()
-
-    def _now_s(self) -> float:
-        return asyncio.get_running_loop().time()
 
     def _publish_closed(self, record: ConnectionMeta, closed: Closed, last_words: _LastWords) -> None:
         if self._events.wants(ConnectionClosed):
@@ -855,8 +905,10 @@ class ConnectionManager:
         if at_once:
             attachment.end(self._too_slow)  # after the next line, the library would not say why
             attachment.adapter.abort(attachment.ws)
-        else:
+        elif verdict_of(self._too_slow.code) is Verdict.FORBID:
             self._say_farewell(attachment, self._too_slow)
+        else:
+            self._say_farewell(attachment, _told(self._too_slow, self._herd.overload(self._now_s())))
 
     def _end_dead(self, record: ConnectionMeta, closed: Closed) -> None:
         """Unregister a dead connection, and close it in case it can still read why."""
@@ -895,6 +947,16 @@ class ConnectionManager:
     def _ponged(self, link: Link, payload: bytes) -> None:
         if self._heartbeat is not None:
             self._heartbeat.ponged(link, payload)
+
+    def _now_s(self) -> float:
+        """The time of herds and sessions."""
+        return self._registry.now_ns() / 1e9
+
+    def _begin_to_leave(self, reason: str) -> None:
+        """From now on, nobody is let in."""
+        self._herd.close(len(self._attachments), self._now_s(), restarts=reason == "restart")
+        if reason == "restart":
+            self._going_away = self._going_away._replace(code=_RESTART)
 
     async def _close(self, timeout_s: float) -> CloseReport:
         started, connections, away = perf_counter(), len(self._attachments), len(self._away)
@@ -952,7 +1014,7 @@ class ConnectionManager:
 
     async def _close_and_report(self, attachment: Attachment, undelivered: list[Undelivered]) -> None:
         attachment.unsent = self._delivery.unsent(attachment.link)
-        await _close_quietly(attachment, Closed(self._drain.code, self._drain.reason, "us"))
+        await _close_quietly(attachment, _told(self._going_away, self._herd.farewell(self._now_s())))
         undelivered += attachment.undelivered()
 
     def _cut_off(self, undelivered: list[Undelivered]) -> int:
@@ -966,7 +1028,7 @@ class ConnectionManager:
             if attachment.unsent is None:  # its close has not begun
                 attachment.unsent = self._delivery.unsent(attachment.link)
             attachment.cut_off()
-            attachment.end(Closed(self._drain.code, self._drain.reason, "us"))
+            attachment.end(self._going_away)
             undelivered += attachment.undelivered()
         for task in self._farewells:
             task.cancel()
@@ -1199,6 +1261,11 @@ def _last_words(record: ConnectionMeta) -> _LastWords:
 
 def _nothing() -> None:
     """There is nothing to undo."""
+
+
+def _told(closed: Closed, advice: Advice | None) -> Closed:
+    """The same end, with what the client is told about coming back."""
+    return closed if advice is None else closed._replace(reason=advice.as_reason(closed.reason))
 
 
 async def _close_quietly(attachment: Attachment, closed: Closed) -> None:

@@ -9,8 +9,9 @@ What decides, from what matters most to what matters least:
   its waits are longer or shorter by the client's level, which is learned from its history (``PolicyEngine``).
 - **A budget** that all clients of one process may share (``RetryBudget``).
 
-``Reconnector`` puts them together for one client. The server's side is here too, as arithmetic: ``Slots`` spreads
-connections that are closed, and ``Admission`` lets in so many per second and tells the others when to come back.
+``Reconnector`` puts them together for one client. The server's side is here too: ``Slots`` spreads connections that
+are closed, ``Admission`` lets in so many per second and tells the others when to come back, and ``Herd`` puts these
+together for one server.
 
 Invariants that others rely on:
 
@@ -45,6 +46,7 @@ from wsfast.errors import InvalidSetting
 
 __all__ = [
     "CLOSE_CODES",
+    "HERD",
     "RECONNECT",
     "Admission",
     "Advice",
@@ -58,6 +60,8 @@ __all__ = [
     "ExponentialBackoff",
     "FixedInterval",
     "FullJitter",
+    "Herd",
+    "HerdPolicy",
     "Level",
     "PolicyEngine",
     "Random",
@@ -81,14 +85,22 @@ _MOST_DOUBLINGS = 64
 # What a wait may be set to; so that products and sums of a few stay exact enough, and far from infinity.
 _LEAST_S, _MOST_S = 1e-6, 1e6
 
+_LEAST_RATE, _MOST_RATE = 1e-6, 1e9
+
 # Longer texts are no number of seconds that anybody means.
 _MOST_CHARACTERS = 128
 
+# RFC 6455, 5.5: a control frame has at most 125 bytes, of which the close code takes two.
+_MOST_REASON_BYTES = 123
 
-def _check(name: str, value: float, least: float, most: float) -> None:
+# What `_TOLD` reads at most.
+_MOST_TOLD_S = 999_999_999.0
+
+
+def _check(name: str, value: float, least: float, most: float, of: str = "reconnect") -> None:
     """Raise unless a number is within its bounds; NaN never is."""
     if not least <= value <= most:
-        raise InvalidSetting(f"reconnect.{name}", value, f"from {least:g} to {most:g}")
+        raise InvalidSetting(f"{of}.{name}", value, f"from {least:g} to {most:g}")
 
 
 def _check_backoff(base_s: float, cap_s: float, max_attempts: int | None) -> None:
@@ -388,16 +400,17 @@ class Advice(NamedTuple):
         return cls(told.get("retry-after"), 0.0, told.get("spread")) if told else None
 
     def as_reason(self, text: str = "") -> str:
-        """What :meth:`from_reason` reads, after a text for people.
-
-        Times below 10**9 take up to 49 bytes beside the text; the reason of a close frame may have 123.
+        """What :meth:`from_reason` reads, after a text for people, which is cut to what the reason of a close frame has
+        room for: 123 bytes, of which times take up to 49. A time of 10**9 or more is told as one that is a little less.
         """
-        parts = [text] if text else []
-        if self.after_s is not None:
-            parts.append(f"retry-after={self.after_s:.3f}")
-        if self.spread_s is not None:
-            parts.append(f"spread={self.spread_s:.3f}")
-        return "; ".join(parts)
+        parts = [
+            f"{name}={min(seconds, _MOST_TOLD_S):.3f}"
+            for name, seconds in (("retry-after", self.after_s), ("spread", self.spread_s))
+            if seconds is not None
+        ]
+        room = _MOST_REASON_BYTES - sum(len(part) + 2 for part in parts)
+        text = text.encode()[:room].decode(errors="ignore")
+        return "; ".join([text, *parts] if text else parts)
 
 
 def _told_s(seconds: float | None, most_s: float) -> float | None:
@@ -614,7 +627,7 @@ class TokenBucket:
     __slots__ = ("_at_s", "_tokens", "burst", "rate_per_s")
 
     def __init__(self, rate_per_s: float, burst: float, now_s: float = 0.0) -> None:
-        _check("rate_per_s", rate_per_s, 1e-6, 1e9)
+        _check("rate_per_s", rate_per_s, _LEAST_RATE, _MOST_RATE)
         _check("burst", burst, 1, 1e9)
         self.rate_per_s = rate_per_s
         self.burst = burst
@@ -867,7 +880,7 @@ class Slots:
     def __post_init__(self) -> None:
         if not (isinstance(self.connections, int) and self.connections >= 0):
             raise InvalidSetting("reconnect.connections", self.connections, "a whole number from 0")
-        _check("accept_rate", self.accept_rate, 1e-6, 1e9)
+        _check("accept_rate", self.accept_rate, _LEAST_RATE, _MOST_RATE)
         _check("window_s", self.window_s, 0, _MOST_S)
         _check("away_s", self.away_s, 0, _MOST_S)
 
@@ -892,16 +905,16 @@ class Admission:
     """Who may come in now, and when the others are to try again.
 
     A token bucket lets in up to ``accept_rate`` per second, and what has come together within ``burst_s``. Who finds it
-    empty is given a slot of its own, behind those that were given before, so that those who wait come back at
-    ``accept_rate`` and no two at once. Slots are no reservations: who comes back finds the bucket as it is.
+    empty is turned away with a slot of its own, behind those that were given before, so that those who wait come back
+    at ``accept_rate`` and no two at once. Slots are no reservations: who comes back finds the bucket as it is.
 
     Args:
         accept_rate: new connections per second that the server can bear.
-        random: see the module; called once for each that is sent away.
+        random: see the module; called once for each that is turned away.
         burst_s: so many seconds' worth of them may come at once.
         least_s: nobody is told to come back sooner.
         longest_s: nobody is told to come back later. Beyond it there is no slot left, and a random time within the
-            second half of it is told: strangers who are sent away again and again can keep others away no longer.
+            second half of it is told: strangers who are turned away again and again can keep others away no longer.
         now_s: when it begins.
     """
 
@@ -917,9 +930,9 @@ class Admission:
         longest_s: float = 300.0,
         now_s: float = 0.0,
     ) -> None:
-        _check("accept_rate", accept_rate, 1e-6, 1e9)
+        _check("accept_rate", accept_rate, _LEAST_RATE, _MOST_RATE)
         _check("burst_s", burst_s, 0, _MOST_S)
-        _check("least_s", least_s, 0, _MOST_S)
+        _check("least_s", least_s, _LEAST_S, _MOST_S)
         _check("longest_s", longest_s, least_s, _MOST_S)
         self._bucket = TokenBucket(accept_rate, max(1.0, min(accept_rate * burst_s, 1e9)), now_s)
         self._accept_rate = accept_rate
@@ -929,11 +942,190 @@ class Admission:
 
     def ask(self, now_s: float) -> float:
         """Somebody has come. Returns 0 if it may come in, else seconds until it is to try again."""
-        if self._bucket.take(now_s):
-            return 0.0
+        return 0.0 if self._bucket.take(now_s) else self.turn_away(now_s)
+
+    def turn_away(self, now_s: float) -> float:
+        """Somebody must not come in, whatever the bucket says. Returns seconds until it is to try again."""
         slot_s = max(self._next_s, now_s + self._least_s)
         wait_s = slot_s - now_s + self._random() / self._accept_rate
         if wait_s > self._longest_s:
             return self._longest_s * (1 - self._random() / 2)
         self._next_s = slot_s + 1 / self._accept_rate
         return wait_s
+
+
+@dataclass(frozen=True, slots=True)
+class HerdPolicy:
+    """How a server keeps those apart who would come to it together. Times are seconds.
+
+    Attributes:
+        accept_rate: new connections per second that the server can bear. ``websockets`` takes 1,300 to 1,700 without
+            TLS, on one core of the machine that this project's figures are from; 1,000 leaves some of that to those who
+            are connected. Where more than the handshake is to be done, such as looking up a user, it is less.
+        window_s: by which the time is longer over which connections are spread than ``connections / accept_rate``. It
+            is the room for those who come for other reasons.
+        away_s: how long a server that restarts is expected to be away, from the moment when it begins to close.
+        admission: whether the handshake lets in no more than ``accept_rate`` per second. Otherwise everybody is let in.
+        burst_s, least_s, longest_s: see ``Admission``. As Retry-After tells whole seconds, plain clients that came
+            together come back together, so many each second: with a ``burst_s`` of less than one, most of them would be
+            turned away again, and again.
+        delay_least_s, delay_most_s: who is given up as too slow is told a random time between these, which is what
+            clients choose by themselves that are told nothing, and what ``Admission`` tells on top.
+    """
+
+    accept_rate: float = 1000.0
+    window_s: float = 5.0
+    away_s: float = 5.0
+    admission: bool = False
+    burst_s: float = 1.0
+    least_s: float = 1.0
+    longest_s: float = 300.0
+    delay_least_s: float = RECONNECT.delay_least_s
+    delay_most_s: float = RECONNECT.delay_most_s
+
+    def __post_init__(self) -> None:
+        _check("accept_rate", self.accept_rate, _LEAST_RATE, _MOST_RATE, "herd")
+        for name in ("window_s", "away_s", "burst_s", "delay_least_s"):
+            _check(name, getattr(self, name), 0, _MOST_S, "herd")
+        _check("least_s", self.least_s, _LEAST_S, _MOST_S, "herd")
+        _check("longest_s", self.longest_s, self.least_s, _MOST_S, "herd")
+        _check("delay_most_s", self.delay_most_s, self.delay_least_s, _MOST_S, "herd")
+
+
+HERD = HerdPolicy()
+"""The default."""
+
+
+class Herd:
+    """All who are connected to one server, or want to be: who may come in now, and what the others are told.
+
+    Whoever is turned away, for whatever reason, has a slot of its own among all of them, so that they come back at no
+    more than ``accept_rate``; and those who are connected when a server restarts have the ``Slots`` of that.
+
+    Args:
+        policy: the numbers.
+        random: see the module.
+        now_s: when it begins.
+
+    Attributes:
+        policy: the numbers.
+        admitted, turned_away: how many there were.
+    """
+
+    __slots__ = (
+        "_admission",
+        "_began_s",
+        "_is_closing",
+        "_numbers",
+        "_random",
+        "_room",
+        "_slots",
+        "admitted",
+        "policy",
+        "turned_away",
+    )
+
+    def __init__(self, policy: HerdPolicy, random: Random, now_s: float = 0.0) -> None:
+        self.policy = policy
+        self.admitted = self.turned_away = 0
+        self._random = random
+        self._admission = self._make_admission(now_s, policy.longest_s)
+        self._is_closing = False
+        # Of a restart: when it began, its slots, which of them nobody has drawn yet, and for how many others they leave
+        # room.
+        self._began_s = now_s
+        self._slots: Slots | None = None
+        self._numbers: list[int] = []
+        self._room = 0
+
+    def _make_admission(self, now_s: float, longest_s: float) -> Admission:
+        policy = self.policy
+        return Admission(
+            policy.accept_rate,
+            self._random,
+            burst_s=policy.burst_s,
+            least_s=policy.least_s,
+            longest_s=longest_s,
+            now_s=now_s,
+        )
+
+    def slots(self, connections: int) -> Slots:
+        """Of so many connections, should the server restart now."""
+        policy = self.policy
+        return Slots(connections, policy.accept_rate, policy.window_s, policy.away_s)
+
+    def spread_s(self, connections: int) -> float:
+        """Over how many seconds so many clients are to spread, should they lose the server: what to tell them in
+        advance, as a server that is killed tells nothing. See ``Reconnector.told``.
+        """
+        return self.slots(connections).spread_s
+
+    def admit(self, now_s: float) -> float:
+        """Somebody has come. Returns 0 if it may come in, else seconds until it is to try again."""
+        if self._is_closing:
+            return self._turn_away(now_s)
+        wait_s = self._admission.ask(now_s) if self.policy.admission else 0.0
+        if wait_s:
+            self.turned_away += 1
+        else:
+            self.admitted += 1
+        return wait_s
+
+    def overload(self, now_s: float) -> Advice:
+        """What one of those who are connected is told that is given up as too slow. Calls ``random`` at least twice."""
+        least_s, most_s = self.policy.delay_least_s, self.policy.delay_most_s
+        return Advice(least_s + (most_s - least_s) * self._random() + self._admission.turn_away(now_s))
+
+    def close(self, connections: int, now_s: float, *, restarts: bool) -> None:
+        """The server begins to end: from now on, everybody who comes is turned away.
+
+        Args:
+            connections: so many there are.
+            now_s: the time.
+            restarts: whether it will be back, in ``away_s`` from now.
+        """
+        self._is_closing = True
+        if not restarts:
+            return
+        self._began_s = now_s
+        self._slots = slots = self.slots(connections)
+        self._numbers = list(range(connections))
+        self._room = int(slots.accept_rate * slots.window_s)
+        # Who finds no place among these comes behind them.
+        end_s = slots.away_s + slots.spread_s
+        self._admission = self._make_admission(now_s + end_s, min(end_s + self.policy.longest_s, _MOST_S))
+
+    def farewell(self, now_s: float) -> Advice | None:
+        """What one of those who are connected is told that is closed now because the server ends; None: nothing.
+
+        Each draws one of the slots, so it does not matter who is closed first. A slot counts from when the server began
+        to end. If it has passed already, because what waited for the client had to be delivered first, the client comes
+        behind all others. Calls ``random`` up to four times.
+
+        Cost: O(1).
+        """
+        slots, numbers = self._slots, self._numbers
+        if slots is None:
+            return None
+        after_s = -1.0
+        if numbers:
+            at = int(self._random() * len(numbers))
+            numbers[at], numbers[-1] = numbers[-1], numbers[at]
+            after_s = self._began_s + slots.wait_s(numbers.pop(), self._random) - now_s
+        if after_s < 0:
+            after_s = self._admission.turn_away(now_s)
+        return Advice(after_s, 0.0, slots.spread_s)
+
+    def refusal(self, now_s: float) -> Advice | None:
+        """What one is told that was let in, but too late to be connected, because the server ends; None: nothing."""
+        wait_s = self._turn_away(now_s)
+        return None if self._slots is None else Advice(wait_s, 0.0, self._slots.spread_s)
+
+    def _turn_away(self, now_s: float) -> float:
+        """Somebody comes to a server that ends. Among the slots of a restart is room for some, see ``window_s``."""
+        self.turned_away += 1
+        if self._slots is None or not self._room:
+            return self._admission.turn_away(now_s)
+        self._room -= 1
+        away_s = self._began_s + self._slots.away_s - now_s
+        return max(self.policy.least_s, away_s) + self._slots.spread_s * self._random()

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 import wsfast
+from wsfast.reconnect import Advice
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 60.0
@@ -108,6 +110,13 @@ def test_the_help_of_serve_explains_what_a_stranger_needs() -> None:
         (["serve", "--shards", "3"], 1, "Error: shards must be a power of two from 1 to 65536, not 3"),
         (["serve", "--max-id-bytes", "10"], 1, "Error: max_id_bytes must be 22 or more, not 10"),
         (["serve", "--on-duplicate", "ignore"], 2, "not one of"),
+        (["serve", "--accept-rate", "0"], 2, "0 is not in the range"),
+        (
+            ["serve", "--accept-rate", "1e10"],
+            1,
+            "Error: herd.accept_rate must be from 1e-06 to 1e+09, not 10000000000.0",
+        ),
+        (["serve", "--on-term", "reload"], 2, "not one of"),
         (["serve", "--host", "256.0.0.1", "--port", "0"], 1, "Error: cannot listen on 256.0.0.1:0: "),
         (["demo", "--clients", "0"], 2, "0 is not in the range"),
         (["nonsense"], 2, "No such command"),
@@ -169,6 +178,80 @@ def test_a_second_signal_ends_at_once() -> None:
     assert status == 130
     assert "wsfast: ended at once" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("number", "arguments", "code"),
+    [
+        (signal.SIGHUP, [], 1012),
+        (signal.SIGHUP, ["--no-uvloop"], 1012),
+        (signal.SIGTERM, ["--on-term", "restart"], 1012),
+        (signal.SIGINT, ["--on-term", "restart"], 1001),
+    ],
+)
+def test_a_restart_tells_clients_when_to_come_back(number: int, arguments: list[str], code: int) -> None:
+    with serving("--away", "100", *arguments) as (server, url), connect(f"{url}/?client_id=me", proxy=None) as ws:
+        assert json.loads(ws.recv(timeout=DEADLINE_S))["client_id"] == "me"
+        server.process.send_signal(number)
+        with pytest.raises(ConnectionClosed) as error:
+            ws.recv(timeout=DEADLINE_S)
+        status, out, err = server.end()
+    assert (status, out) == (0, "")
+    assert "Traceback" not in err
+    assert error.value.rcvd is not None
+    assert error.value.rcvd.code == code
+    advice = Advice.from_reason(error.value.rcvd.reason)
+    if code == 1012:
+        assert "draining 1 connections for a restart; once more to end at once" in err
+        assert advice is not None and advice.after_s is not None
+        assert 100 - DEADLINE_S < advice.after_s <= 105.1
+    else:
+        assert "draining 1 connections for a shutdown; once more to end at once" in err
+        assert advice is None
+
+
+def test_a_hangup_does_not_end_a_drain() -> None:
+    with serving("--drain-timeout", "2") as (server, url):
+        host, port = url.removeprefix("ws://").split(":")
+        with socket.create_connection((host, int(port))) as half_open:
+            half_open.sendall(
+                b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+            )
+            server.line("connected")
+            server.process.send_signal(signal.SIGTERM)
+            server.line("draining 1 connections for a shutdown")
+            status, _, err = server.end(signal.SIGHUP)
+    assert status == 0
+    assert "cutting off 1 connections" in err
+    assert "ended at once" not in err
+
+
+def test_a_hangup_is_ignored_where_the_parent_wants_it_so() -> None:
+    """As under nohup."""
+    ignoring = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with serving() as (server, url), connect(f"{url}/?client_id=me", proxy=None) as ws:
+            server.process.send_signal(signal.SIGHUP)
+            assert json.loads(ws.recv(timeout=DEADLINE_S))["client_id"] == "me"
+            ws.send('{"type": "join", "group": "g"}')
+            assert json.loads(ws.recv(timeout=DEADLINE_S))["type"] == "joined"
+            assert "shutdown" in server.end(signal.SIGTERM)[2]
+    finally:
+        signal.signal(signal.SIGHUP, ignoring)
+
+
+def test_the_accept_rate_holds() -> None:
+    with serving("--accept-rate", "0.001") as (server, url), connect(url, proxy=None) as ws:
+        assert json.loads(ws.recv(timeout=DEADLINE_S))["type"] == "welcome"
+        with pytest.raises(InvalidStatus) as error:
+            connect(url, proxy=None)
+        assert error.value.response.status_code == 503
+        assert int(error.value.response.headers["Retry-After"]) >= 1
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(ConnectionClosed):
+            ws.recv(timeout=DEADLINE_S)
+        assert server.end()[0] == 0
 
 
 def test_options_reach_the_hub() -> None:

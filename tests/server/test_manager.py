@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from websockets.asyncio.server import ServerConnection
+from websockets.exceptions import InvalidStatus
 
 from tests.server.conftest import FakeAdapter, FakeLink, RawPeer, Seen, client, close_of, received, serving, until
 from wsfast import (
@@ -446,8 +447,9 @@ class TestClose:
             assert len(manager.registry) == 0
             assert manager.registry.owner is None
             # Who comes now is told.
-            async with client(url) as late:
-                assert await close_of(late) == (1001, "the server is going away")
+            with pytest.raises(InvalidStatus) as error:
+                await client(url).__aenter__()
+            assert error.value.response.status_code == 503
 
     async def test_who_does_not_answer_is_cut_off(self, registry_name: Any, caplog: pytest.LogCaptureFixture) -> None:
         manager = ConnectionManager(registry=registry_name)

@@ -40,6 +40,7 @@ import errno
 import functools
 import inspect
 import logging
+import math
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -47,9 +48,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from websockets.asyncio import server as _library
 from websockets.asyncio.server import Server, ServerConnection
-from websockets.exceptions import ConnectionClosed as LinkClosed
+from websockets.exceptions import ConnectionClosed
 from websockets.extensions.permessage_deflate import PerMessageDeflate, ServerPerMessageDeflateFactory
-from websockets.frames import DATA_OPCODES, Frame, Opcode
+from websockets.frames import DATA_OPCODES, CloseCode, Frame, Opcode
+from websockets.http11 import Request, Response
 from websockets.protocol import OPEN, State
 from websockets.server import ServerProtocol
 
@@ -86,6 +88,7 @@ logger = logging.getLogger(__name__)
 Handler = Callable[[ServerConnection], Awaitable[None]]
 _M = TypeVar("_M", bound=ServerConnection)
 Keywords = Mapping[str, Any]
+ProcessRequest = Callable[[ServerConnection, Request], Awaitable[Response | None] | Response | None]
 Identify = Callable[[ServerConnection], Keywords | Awaitable[Keywords | None] | None]
 
 # RFC 6455, 5.5: a control frame has at most 125 bytes, of which the code takes two.
@@ -304,9 +307,12 @@ def serve(
             If it returns None, or raises, the connection is closed with 1008 and the handler is not called. The reason
             is the text of the exception if it is one of wsfast's own about a name, a setting or a limit, which are
             fit for the client to read; the text of any other exception is logged and not shown. An id that is taken
-            is refused with 1008 as well, and a client that comes while the manager closes gets 1001.
+            is refused with 1008 as well.
         create_connection: as for the library: a subclass of ``ServerConnection`` or a function that makes one. The
             connection keeps all it does, and is counted as well.
+        options: the library's own. Before its ``process_request``, the manager is asked whether it lets in one more
+            connection (``ConnectionManager.admit``); if not, the opening handshake is answered with 503 and
+            Retry-After. Requests that are no opening handshakes go to ``process_request`` alone.
 
     Returns:
         The library's ``Server``, to be awaited or used in ``async with``.
@@ -320,6 +326,7 @@ def serve(
         handler = functools.partial(_run_attached, handler, manager, identify)
     if attach and manager.sessions is not None:
         options["select_subprotocol"] = functools.partial(_select_subprotocol, options.get("select_subprotocol"))
+    options["process_request"] = functools.partial(_admit, manager, options.get("process_request"))
     factory = _managed_factory(create_connection or ServerConnection)
     return _library.serve(handler, host, port, create_connection=cast("Any", factory), **options)
 
@@ -327,6 +334,17 @@ def serve(
 def unix_serve(handler: Handler, path: str | None = None, **options: Any) -> Server:
     """:func:`serve` on a Unix socket at *path*, as the library's ``unix_serve``."""
     return serve(handler, unix=True, path=path, **options)
+
+
+def _admit(
+    manager: ConnectionManager, process_request: ProcessRequest | None, ws: ServerConnection, request: Request
+) -> Awaitable[Response | None] | Response | None:
+    """The library's ``process_request``: the manager decides before the user's does, which may be dear."""
+    if "Upgrade" in request.headers and (wait_s := manager.admit()):
+        response = ws.respond(503, "The server takes no more connections now. Try again later.\n")
+        response.headers["Retry-After"] = str(math.ceil(wait_s))
+        return response
+    return None if process_request is None else process_request(ws, request)
 
 
 async def _run_attached(
@@ -344,13 +362,14 @@ async def _run_attached(
             await stack.enter_async_context(attachment)
             if hello is not None:
                 _expect_ready(ws, attachment)
-        except (PeerClosed, LinkClosed):
+        except (PeerClosed, ConnectionClosed):
             return  # it went away before it was identified; there is nobody to serve
         except BadHandshake as error:
             await ws.close(BAD_HANDSHAKE, _reason(error))
             return
         except ManagerClosed:
-            await ws.close(1001, "the server is going away")
+            closed = manager.refusal()
+            await ws.close(closed.code, closed.reason)
             return
         except _REFUSALS as error:
             await ws.close(1008, _reason(error))
@@ -359,7 +378,20 @@ async def _run_attached(
             logger.exception("cannot identify the connection from %s", ADAPTER.remote_address(ws))
             await ws.close(1008, "identification failed")
             return
+        await _handle(handler, ws)
+
+
+async def _handle(handler: Handler, ws: ServerConnection) -> None:
+    """Run the handler. That a restart ends it is no failure, although the library, which takes only 1000 and 1001 for
+    ends in good order, would log a traceback for each connection.
+    """
+    try:
         await handler(ws)
+    except ConnectionClosed as error:
+        sent = ws.protocol.close_sent
+        # It may be of another connection, to which the handler is a client.
+        if sent is None or error.sent is not sent or sent.code != CloseCode.SERVICE_RESTART:
+            raise
 
 
 async def _hello(ws: ServerConnection, manager: ConnectionManager) -> Hello | None:
