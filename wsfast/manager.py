@@ -954,7 +954,7 @@ class ConnectionManager:
 
     def _begin_to_leave(self, reason: str) -> None:
         """From now on, nobody is let in."""
-        self._herd.close(len(self._attachments), self._now_s(), restarts=reason == "restart")
+        self._herd.close(len(self._attachments) + len(self._away), self._now_s(), restarts=reason == "restart")
         if reason == "restart":
             self._going_away = self._going_away._replace(code=_RESTART)
 
