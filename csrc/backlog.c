@@ -42,13 +42,19 @@ static wsf_log *find_or_make(wsf_backlog *backlog, uint64_t key)
     return log;
 }
 
+/* An empty log has no ring, and exists only while there are runs of it. */
 static void free_if_unused(wsf_backlog *backlog, wsf_log *log)
 {
-    if (log->count != 0 || log->runs != 0)
+    if (log->count != 0)
+        return;
+    charge(backlog, -(int64_t)(log->capacity * sizeof *log->ring));
+    PyMem_RawFree(log->ring);
+    log->ring = NULL;
+    log->head = log->capacity = 0;
+    if (log->runs != 0)
         return;
     wsf_table_remove(&backlog->logs, &backlog->table_bytes, hash_of_log(log), log, hash_of_log);
-    charge(backlog, -(int64_t)(sizeof *log + log->capacity * sizeof *log->ring));
-    PyMem_RawFree(log->ring);
+    charge(backlog, -(int64_t)sizeof *log);
     PyMem_RawFree(log);
     WSF_COUNT_LIVE(WSF_LIVE_LOG, -1);
 }
@@ -129,13 +135,20 @@ void wsf_backlog_expire(wsf_backlog *backlog, int64_t now_ns)
         let_go_of_oldest(backlog);
 }
 
+static int is_kept(const wsf_backlog *backlog, const wsf_message *message)
+{
+    return message->log_number >= backlog->first_number; /* 0: was never kept */
+}
+
 void wsf_backlog_add(wsf_backlog *backlog, uint64_t key, wsf_frame *frame)
 {
     wsf_message *message = frame->message;
     const wsf_backlog_limits *limits = &backlog->limits;
     size_t size = entry_bytes(frame);
+    if (is_kept(backlog, message))
+        return;
     wsf_backlog_expire(backlog, message->created_ns);
-    if (size > limits->max_bytes)
+    if (size > limits->max_bytes || limits->max_messages == 0)
         return;
     while (backlog->count != 0 && (backlog->count >= limits->max_messages || backlog->bytes + size > limits->max_bytes))
         let_go_of_oldest(backlog);
@@ -335,12 +348,10 @@ static int make_room_for_run(wsf_backlog *backlog, wsf_cursor *cursor)
     }
     if (cursor->count <= cursor->capacity / 2 && cursor->count < cursor->capacity)
         return WSF_OK;
-    if (cursor->capacity == WSF_MAX_RUNS)
-        return cursor->count < cursor->capacity ? WSF_OK : WSF_NO_MEMORY;
     uint32_t capacity = cursor->capacity == 0 ? 2 : 2 * cursor->capacity;
-    wsf_run *runs = PyMem_RawRealloc(cursor->runs, capacity * sizeof *runs);
+    wsf_run *runs = capacity > WSF_MAX_RUNS ? NULL : PyMem_RawRealloc(cursor->runs, capacity * sizeof *runs);
     if (runs == NULL)
-        return WSF_NO_MEMORY;
+        return cursor->count < cursor->capacity ? WSF_OK : WSF_NO_MEMORY;
     charge(backlog, (int64_t)((capacity - cursor->capacity) * sizeof *runs));
     cursor->runs = runs;
     cursor->capacity = capacity;
@@ -349,10 +360,13 @@ static int make_room_for_run(wsf_backlog *backlog, wsf_cursor *cursor)
 
 static inline int continues(const wsf_cursor *cursor, const wsf_run *run, const wsf_message *message)
 {
-    return run->log == message->log && run->era == cursor->era && run->first + run->count == message->log_place;
+    return run->log == message->log && run->era == cursor->era && run->first + run->count == message->log_place &&
+           run->count != UINT32_MAX;
 }
 
-/* The run that the message continues, or the end. */
+#define NO_RUN UINT32_MAX
+
+/* The run that the message continues. */
 static uint32_t find_run(const wsf_cursor *cursor, const wsf_message *message)
 {
     if (cursor->last < cursor->count && continues(cursor, &cursor->runs[cursor->last], message))
@@ -360,31 +374,30 @@ static uint32_t find_run(const wsf_cursor *cursor, const wsf_message *message)
     uint32_t least = cursor->count > LOOKED_THROUGH ? cursor->count - LOOKED_THROUGH : 0;
     for (uint32_t i = cursor->count; i-- > least && cursor->runs[i].era == cursor->era;)
         if (cursor->runs[i].log == message->log)
-            return continues(cursor, &cursor->runs[i], message) ? i : cursor->count;
-    return cursor->count;
+            return continues(cursor, &cursor->runs[i], message) ? i : NO_RUN;
+    return NO_RUN;
 }
 
-static int is_kept(const wsf_backlog *backlog, const wsf_message *message)
+/* The run that the message continues, or a new one. */
+static uint32_t run_for(wsf_backlog *backlog, wsf_cursor *cursor, const wsf_message *message)
 {
-    return message->log_number >= backlog->first_number; /* 0: was never kept */
+    cursor->era += message->log_number <= cursor->last_number;
+    cursor->last_number = message->log_number;
+    uint32_t at = find_run(cursor, message);
+    if (at != NO_RUN || make_room_for_run(backlog, cursor) != WSF_OK)
+        return at;
+    at = cursor->count++;
+    cursor->runs[at] = (wsf_run){message->log, message->log_place, message->log_number, 0, 0, cursor->era};
+    message->log->runs++;
+    return at;
 }
 
 void wsf_cursor_add(wsf_backlog *backlog, wsf_cursor *cursor, const wsf_message *message, int is_handed)
 {
-    uint32_t at = cursor->count;
-    if (is_kept(backlog, message)) {
-        cursor->era += message->log_number < cursor->last_number;
-        cursor->last_number = message->log_number;
-        at = find_run(cursor, message);
-        if (at == cursor->count && make_room_for_run(backlog, cursor) == WSF_OK) {
-            at = cursor->count++;
-            cursor->runs[at] = (wsf_run){message->log, message->log_place, message->log_number, 0, 0, cursor->era};
-            message->log->runs++;
-        }
-    }
+    uint32_t at = is_kept(backlog, message) && !cursor->is_broken ? run_for(backlog, cursor, message) : NO_RUN;
     cursor->recorded++;
     cursor->handed += is_handed != 0;
-    if (at == cursor->count) { /* nobody can be sent it again, nor what was before it */
+    if (at == NO_RUN) { /* nobody can be sent it again, nor what was before it */
         wsf_cursor_clear(backlog, cursor);
         return;
     }

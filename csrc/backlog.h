@@ -10,7 +10,8 @@
  * one in an outbox comes before others that are older: then a new era begins.)
  *
  * Entries are let go from the oldest one on, whatever log they are in. Cursors are not told: they notice when they are used. A
- * run keeps its log, empty as it may be.
+ * run keeps its log, empty as it may be. A cursor that was not handed something that is gone is *broken*, and has no runs after
+ * that.
  *
  * A cursor's messages are divided in two: those that were *handed* to the connection come first, and what is kept for later
  * follows. To *rewind* moves the border back to where the client says it is.
@@ -76,7 +77,7 @@ void wsf_backlog_init(wsf_backlog *backlog, int64_t *account);
 /* Let go of all entries. Afterwards only cursors have memory here. */
 void wsf_backlog_clear(wsf_backlog *backlog);
 /* Append to the log with this key. Its message is told where it is, unless it is too large or there is no memory: then it is
- * as one that was let go. frame: a reference is taken. */
+ * as one that was let go. One that is kept already stays where it is. frame: a reference is taken. */
 void wsf_backlog_add(wsf_backlog *backlog, uint64_t key, wsf_frame *frame);
 /* Let go of what is older than the limit. */
 void wsf_backlog_expire(wsf_backlog *backlog, int64_t now_ns);
