@@ -304,20 +304,28 @@ static uint64_t judged_bytes(const wsf_fanout *fanout, const wsf_link *link)
     return fanout->limits.policy == WSF_CONFLATE ? link->outbox.bytes : wsf_link_bytes(link);
 }
 
-/* Drop from the front as long as there is something and more than `keep_bytes` is judged, or it is from before `before_ns`.
- * Returns how many, and reports them. */
+/* What is sent once more stands before everything else. There is no more of it than fits one write. */
+static uint32_t count_again(wsf_link *link)
+{
+    uint32_t again = 0;
+    while (again < link->outbox.count && (*wsf_outbox_at(&link->outbox, again) & WSF_AGAIN))
+        again++;
+    return again;
+}
+
+/* Drop from the front as long as there is something and more than `keep_bytes` is judged, or it is from before `before_ns`;
+ * but not what is sent once more, which its client counts on. Returns how many, and reports them. */
 static uint32_t drop_front(wsf_fanout *fanout, wsf_link *link, uint64_t keep_bytes, int64_t before_ns, int cause)
 {
     wsf_report dropped = {.link = link, .what = WSF_DROPPED, .cause = (uint8_t)cause};
-    while (link->outbox.count != 0) {
-        const wsf_message *first = wsf_entry_frame(*wsf_outbox_at(&link->outbox, 0))->message;
+    const uint32_t again = count_again(link);
+    while (link->outbox.count > again) {
+        const wsf_message *first = wsf_entry_frame(*wsf_outbox_at(&link->outbox, again))->message;
         if (judged_bytes(fanout, link) <= keep_bytes && first->created_ns >= before_ns)
             break;
-        if (*wsf_outbox_at(&link->outbox, 0) & WSF_AGAIN)
-            break; /* its client counts on it; there are no more of them than fit one write */
         if (dropped.messages++ == 0)
             dropped.age_s = age_s(fanout, first->created_ns);
-        wsf_entry entry = wsf_outbox_pop(&link->outbox, &fanout->account);
+        wsf_entry entry = wsf_outbox_take(&link->outbox, &fanout->account, again);
         dropped.bytes += first->payload_size;
         if (cause == WSF_BY_END)
             link->lost_bytes += wsf_entry_frame(entry)->size;
@@ -339,8 +347,8 @@ static void keep_all(wsf_fanout *fanout, wsf_link *link)
     while (link->outbox.count != 0) {
         wsf_entry entry = wsf_outbox_pop(&link->outbox, &fanout->account);
         wsf_frame *frame = wsf_entry_frame(entry);
+        link->lost_bytes += frame->size;
         if (!(entry & WSF_AGAIN)) {
-            link->lost_bytes += frame->size;
             wsf_cursor_add(&fanout->backlog, link->cursor, frame->message, 0);
             resolve(fanout, entry, &frame->message->tally.away);
         }
@@ -381,12 +389,13 @@ static int has_something(const wsf_link *link) { return link->outbox.count != 0 
 
 static void give_up(wsf_fanout *fanout, wsf_link *link, int cause);
 
-/* Put the next of what is kept into the outbox of a link that has nothing there. When nothing is left, it has caught up. */
+/* Put the next of what is kept into the outbox of a link that has nothing there, but for a greeting. When nothing is left, it
+ * has caught up. */
 static void refill(wsf_fanout *fanout, wsf_link *link)
 {
     wsf_outbox *outbox = &link->outbox;
     wsf_frame *frame;
-    if (!(link->facts & WSF_BEHIND) || outbox->count > 1)
+    if (!(link->facts & WSF_BEHIND))
         return;
     while ((frame = wsf_cursor_peek(link->cursor)) != NULL) {
         if (outbox->count == MAX_AGAIN || (outbox->count != 0 && outbox->bytes + frame->size > WSF_JOIN_BYTES))
@@ -409,8 +418,6 @@ static void end_waiting(wsf_fanout *fanout, wsf_link *link)
     last->waiting_at = link->waiting_at;
     if (wsf_link_bytes(link) <= fanout->limits.low_bytes)
         link->facts &= ~(uint32_t)WSF_SHEDDING;
-    if (link->outbox.count == 0)
-        refill(fanout, link);
     if (has_something(link))
         line_push(fanout, &fanout->line, link, WSF_IN_LINE);
 }
@@ -528,6 +535,10 @@ void wsf_link_take_session(wsf_fanout *fanout, wsf_link *link, wsf_link *other)
 
 int wsf_link_greet(wsf_fanout *fanout, wsf_link *link, wsf_frame *frame)
 {
+    if (!(link->facts & WSF_OPEN)) {
+        wsf_frame_release(frame);
+        return WSF_OK;
+    }
     int outcome = wsf_outbox_push(&link->outbox, &fanout->account, frame, WSF_AGAIN);
     if (outcome != WSF_OK)
         return outcome;
@@ -566,7 +577,7 @@ void wsf_fanout_forget(wsf_fanout *fanout, wsf_link *link)
 
 /* ---- limits ------------------------------------------------------------------------------------------------------------- */
 
-/* Since when something waits for a link that waits. A peer that takes a little now and then is blocked anew each time. */
+/* Since when something waits for a link that waits; INT64_MAX: that cannot be said. A peer that takes a little now and then is blocked anew each time. */
 static int64_t waits_since_ns(wsf_link *link)
 {
     int64_t since_ns = (link->facts & WSF_BLOCKED) ? link->blocked_ns : INT64_MAX;
@@ -579,8 +590,9 @@ static int64_t waits_since_ns(wsf_link *link)
 
 static void give_up(wsf_fanout *fanout, wsf_link *link, int cause)
 {
+    int64_t since_ns = waits_since_ns(link);
     report(fanout, (wsf_report){link, WSF_TOO_SLOW, (uint8_t)cause, link->outbox.count, wsf_link_bytes(link),
-                                age_s(fanout, waits_since_ns(link))});
+                                since_ns == INT64_MAX ? 0 : age_s(fanout, since_ns)});
     fanout->totals.too_slow[cause]++;
     wsf_link_close(fanout, link, cause);
 }
@@ -665,7 +677,7 @@ static int replace(wsf_fanout *fanout, wsf_link *link, wsf_frame *frame)
 {
     wsf_tally *tally = &frame->message->tally;
     int64_t place = wsf_outbox_find(&link->outbox, &fanout->account, frame->message->key);
-    if (place < 0 || (*wsf_outbox_at(&link->outbox, (uint32_t)place) & WSF_AGAIN))
+    if (place < 0)
         return 0;
     wsf_entry queued = *wsf_outbox_at(&link->outbox, (uint32_t)place) & WSF_QUEUED;
     wsf_entry former = wsf_outbox_replace(&link->outbox, (uint32_t)place, frame, queued);
@@ -991,9 +1003,9 @@ void wsf_fanout_send(wsf_fanout *fanout, wsf_pool *pool, int64_t deadline_ns)
 
 /* ---- settle ------------------------------------------------------------------------------------------------------------------- */
 
-/* Messages that were handed over, and the bytes of their payloads. */
+/* Frames that were handed over; messages among them, and the bytes of their payloads. */
 typedef struct {
-    uint64_t messages, bytes;
+    uint64_t frames, messages, bytes;
 } handed_sum;
 
 /* The front of the outbox, which was handed over, with the reference to it. A greeting is no message. */
@@ -1002,6 +1014,7 @@ static wsf_frame *take_handed(wsf_fanout *fanout, wsf_link *link, int is_queued,
     wsf_entry entry = wsf_outbox_pop(&link->outbox, &fanout->account);
     wsf_frame *frame = wsf_entry_frame(entry);
     wsf_message *message = frame->message;
+    sum->frames++;
     if (!(entry & WSF_AGAIN) || message->log_number != 0) {
         sum->messages++;
         sum->bytes += message->payload_size;
@@ -1024,19 +1037,20 @@ static void take_sent(wsf_fanout *fanout, wsf_link *link, uint64_t sent, handed_
     }
 }
 
-static void count_sent(wsf_fanout *fanout, wsf_link *link, const handed_sum *sum, wsf_count count)
+/* So much of the outbox was handed over. A link that is behind has something there until it has caught up, even while it is
+ * blocked: who closes it hands over what is there. */
+static void handed_over(wsf_fanout *fanout, wsf_link *link, const handed_sum *sum, wsf_count count)
 {
     fanout->totals.messages += sum->messages;
     fanout->totals.bytes += sum->bytes;
     if (sum->messages != 0)
         count(link, sum->messages, sum->bytes);
+    if (sum->frames != 0 && link->outbox.count == 0)
+        refill(fanout, link);
 }
 
-/* Something was handed over and taken: what comes next? */
 static void go_on(wsf_fanout *fanout, wsf_link *link)
 {
-    if (link->outbox.count == 0)
-        refill(fanout, link);
     if (has_something(link) && !(link->facts & WSF_WAITS))
         line_push(fanout, &fanout->line, link, WSF_IN_LINE);
 }
@@ -1080,8 +1094,8 @@ static void cut_short(wsf_fanout *fanout, wsf_link *link, uint64_t sent, wsf_rem
         link->rest = frame;
         link->shared = frame->size - remainder->offset;
     }
-    count_sent(fanout, link, &sum, count);
     wsf_link_block(fanout, link, frame->size - remainder->offset);
+    handed_over(fanout, link, &sum, count);
 }
 
 static int settle_job(wsf_fanout *fanout, const wsf_job *job, wsf_count count, wsf_remainder *remainder)
@@ -1113,9 +1127,9 @@ static int settle_job(wsf_fanout *fanout, const wsf_job *job, wsf_count count, w
         return WSF_REST;
     }
     take_sent(fanout, link, sent, &sum);
-    count_sent(fanout, link, &sum, count);
     link->facts &= ~(uint32_t)WSF_SHEDDING;
     note_room(fanout, link);
+    handed_over(fanout, link, &sum, count);
     go_on(fanout, link);
     return WSF_DONE;
 }
@@ -1157,12 +1171,11 @@ void wsf_link_commit_messages(wsf_fanout *fanout, wsf_link *link, uint32_t frame
     handed_sum sum = {0};
     for (; frames != 0 && link->outbox.count != 0; frames--)
         wsf_frame_release(take_handed(fanout, link, in_transport != 0, &sum));
-    count_sent(fanout, link, &sum, count);
-    if (in_transport != 0) {
+    if (in_transport != 0)
         wsf_link_block(fanout, link, in_transport);
-        return;
-    }
-    note_room(fanout, link);
+    else
+        note_room(fanout, link);
+    handed_over(fanout, link, &sum, count);
     go_on(fanout, link);
 }
 

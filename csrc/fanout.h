@@ -222,15 +222,16 @@ void wsf_link_close(wsf_fanout *fanout, wsf_link *link, int cause);
 void wsf_fanout_push(wsf_fanout *fanout, wsf_link *const *links, uint32_t count, wsf_frame *const *frames, int is_late,
                      uint64_t log);
 
-/* Begin a session: the link is behind until it is greeted. WSF_OK or WSF_NO_MEMORY. It has none. */
+/* Begin a session: the link is behind until it is greeted. WSF_OK or WSF_NO_MEMORY. It is open and has none, and nothing waits
+ * for it. */
 int wsf_link_begin_session(wsf_fanout *fanout, wsf_link *link);
-/* The session of a link that is away, or still looks open, is to go on from where the client says it is. 0: it cannot. */
+/* The session of a link that is closed is to go on from where the client says it is. 0: it cannot. */
 int wsf_link_rewind(wsf_fanout *fanout, wsf_link *link, uint64_t received);
 /* Give a link the session of another one, which is closed and no session is left to. The link is behind until it is greeted. */
 void wsf_link_take_session(wsf_fanout *fanout, wsf_link *link, wsf_link *other);
 void wsf_link_end_session(wsf_fanout *fanout, wsf_link *link);
-/* Send this frame, which is counted nowhere, to a link that was not sent anything, and then what is kept for it. The
- * reference to the frame is stolen. WSF_NO_MEMORY changes nothing. */
+/* Send this frame, which is counted nowhere, to a link that was not sent anything, and then what is kept for it. One that is
+ * closed is not sent it. The reference to the frame is stolen. WSF_NO_MEMORY changes nothing. */
 int wsf_link_greet(wsf_fanout *fanout, wsf_link *link, wsf_frame *frame);
 /* Give each of these links a control frame. Those that are closed are left out. */
 void wsf_fanout_push_control(wsf_fanout *fanout, wsf_link *const *links, uint32_t count, wsf_frame *frame);

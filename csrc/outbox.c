@@ -15,7 +15,8 @@ static void free_places(wsf_outbox *outbox, int64_t *account)
 
 static inline PyObject *key_at(wsf_outbox *outbox, uint32_t place)
 {
-    return wsf_entry_frame(*wsf_outbox_at(outbox, place))->message->key;
+    wsf_entry entry = *wsf_outbox_at(outbox, place);
+    return entry & WSF_AGAIN ? NULL : wsf_entry_frame(entry)->message->key;
 }
 
 /* Whether the table's entry is about a frame that still waits and has this key. */
@@ -112,11 +113,12 @@ int wsf_outbox_push(wsf_outbox *outbox, int64_t *account, wsf_frame *frame, wsf_
     outbox->count++;
     outbox->bytes += frame->size;
     *wsf_outbox_at(outbox, outbox->count - 1) = (wsf_entry)frame | bits;
-    if (outbox->places != NULL && frame->message->key != NULL) {
+    PyObject *key = outbox->places == NULL ? NULL : key_at(outbox, outbox->count - 1);
+    if (key != NULL) {
         if (4 * (outbox->place_used + 1) > 3 * outbox->place_capacity)
             build_places(outbox, account);
         else
-            note_place(outbox, frame->message->key, outbox->first_number + outbox->count - 1);
+            note_place(outbox, key, outbox->first_number + outbox->count - 1);
     }
     return WSF_OK;
 }
@@ -137,6 +139,15 @@ wsf_entry wsf_outbox_pop(wsf_outbox *outbox, int64_t *account)
         outbox->head = outbox->capacity = 0;
     }
     return entry;
+}
+
+wsf_entry wsf_outbox_take(wsf_outbox *outbox, int64_t *account, uint32_t place)
+{
+    wsf_entry taken = *wsf_outbox_at(outbox, place);
+    for (; place > 0; place--) /* they are few, and nobody looks for them by key */
+        *wsf_outbox_at(outbox, place) = *wsf_outbox_at(outbox, place - 1);
+    *wsf_outbox_at(outbox, 0) = taken;
+    return wsf_outbox_pop(outbox, account);
 }
 
 wsf_entry wsf_outbox_replace(wsf_outbox *outbox, uint32_t place, wsf_frame *frame, wsf_entry queued)

@@ -5,7 +5,8 @@
  * be replaced in its place by a newer one with the same key.
  *
  * An entry is a frame, of which the outbox owns a reference, and two bits: whether the message's tally has it as queued
- * (told that the peer is slow) or as pending; and whether no tally has it, because it is sent once more.
+ * (told that the peer is slow) or as pending; and whether no tally has it, because it is sent once more. The latter cannot be
+ * replaced: its key does not count.
  *
  * Finding a key is O(1): up to WSF_KEYS_FROM entries are looked through, more have a table from key to place. Its
  * entries are hints that are checked, so taking frames from the front does not touch it.
@@ -51,6 +52,8 @@ static inline wsf_entry *wsf_outbox_at(wsf_outbox *outbox, uint32_t place)
 int wsf_outbox_push(wsf_outbox *outbox, int64_t *account, wsf_frame *frame, wsf_entry bits);
 /* Take the front, and the reference with it. The outbox is not empty. */
 wsf_entry wsf_outbox_pop(wsf_outbox *outbox, int64_t *account);
+/* The same for an entry behind some that are sent once more. */
+wsf_entry wsf_outbox_take(wsf_outbox *outbox, int64_t *account, uint32_t place);
 /* The place of the entry with this key (exact str, hash computed), or -1. */
 int64_t wsf_outbox_find(wsf_outbox *outbox, int64_t *account, PyObject *key);
 /* Put a frame, the reference to which is stolen, in the place of another. Returns the former entry with its reference. */

@@ -2,13 +2,18 @@
  * [SEED]; see harness.h.
  *
  * Parts: frames; outbox (random sequences against an array, with allocations that fail); jobs (each way a plan can send);
- * controls (what may happen to a control frame, case by case);
- * random and crowd (random programs on few links and on many with a pool, against a model of every link, message, report
- * and total); pool; fork.
+ * controls (what may happen to a control frame, case by case); sessions (and to a client that comes back);
+ * random, comings and crowd (random programs on few links, on such with sessions, and on many with a pool, against a model
+ * of every link, message, report and total); pool; fork.
  *
  * The model knows, for each connection, every byte that must arrive there, and each peer compares what it reads with
  * that. What a socket takes is the kernel's choice, so the model learns it from the jobs; that they tell the truth is
  * seen in the streams.
+ *
+ * A client with a session goes through several connections, which are cut anywhere: it takes what it has read apart, frame
+ * by frame, counts its messages, and must be given each of those that the model has as recorded for it once and in order, or
+ * be told that they are not there any more. Where logs and cursors may give up early, for want of memory, the model learns it
+ * from them; backlog_test has more of that.
  */
 #define WSF_SHIM_IMPLEMENTATION
 #include "fanout.h"
@@ -131,9 +136,9 @@ typedef struct {
     struct {
         wsf_frame *frame;
         int key;
-        wsf_entry queued;
+        wsf_entry queued; /* or WSF_AGAIN: those come first */
     } entries[MOST_ENTRIES];
-    uint32_t count, most_keys;
+    uint32_t count, again, most_keys;
 } outbox_model;
 
 static wsf_frame *make_frame(outbox_model *model, int key)
@@ -173,7 +178,7 @@ static void check_outbox(outbox_model *model)
 
 static int64_t latest_of(const outbox_model *model, int key)
 {
-    for (uint32_t i = model->count; i-- > 0;)
+    for (uint32_t i = model->count; i-- > model->again;)
         if (model->entries[i].key == key)
             return i;
     return -1;
@@ -187,7 +192,8 @@ static int64_t find(outbox_model *model, int key)
 static void outbox_push(outbox_model *model)
 {
     int key = one_in(&model->random, 3) ? NO_KEY : (int)below(&model->random, model->most_keys);
-    wsf_entry queued = below(&model->random, 2);
+    const bool is_again = model->again == model->count && !one_in(&model->random, 3);
+    wsf_entry queued = is_again ? WSF_AGAIN : below(&model->random, 2);
     wsf_frame *frame = make_frame(model, key);
     const wsf_outbox before = model->outbox;
     const int64_t account = model->account;
@@ -205,14 +211,19 @@ static void outbox_push(outbox_model *model)
     model->entries[model->count].frame = frame;
     model->entries[model->count].key = key;
     model->entries[model->count++].queued = queued;
+    model->again += is_again;
 }
 
 static void outbox_pop(outbox_model *model)
 {
-    wsf_entry entry = wsf_outbox_pop(&model->outbox, &model->account);
-    CHECK(wsf_entry_frame(entry) == model->entries[0].frame && (entry & WSF_QUEUED) == model->entries[0].queued);
-    drop_frame(model, model->entries[0].frame);
-    memmove(&model->entries[0], &model->entries[1], --model->count * sizeof model->entries[0]);
+    const bool skips = model->count > model->again && one_in(&model->random, 3);
+    const uint32_t at = skips ? model->again : 0;
+    wsf_entry entry = skips ? wsf_outbox_take(&model->outbox, &model->account, at)
+                            : wsf_outbox_pop(&model->outbox, &model->account);
+    CHECK(entry == ((wsf_entry)model->entries[at].frame | model->entries[at].queued));
+    drop_frame(model, model->entries[at].frame);
+    model->again -= at < model->again;
+    memmove(&model->entries[at], &model->entries[at + 1], (--model->count - at) * sizeof model->entries[0]);
 }
 
 static void outbox_find(outbox_model *model)
@@ -366,7 +377,7 @@ static void open_pair(int *ends, bool is_tcp, bool is_small)
 
 /* ---- the model of a fan-out --------------------------------------------------------------------------------------- */
 
-enum { LETTERS = 80, PINGS = 40, VARIANTS = 3, MOST_ITEMS = 1500, MOST_REPORTS = 4096 };
+enum { LETTERS = 400, PINGS = 40, VARIANTS = 3, MOST_ITEMS = 1500, MOST_REPORTS = 4096 };
 
 /* A message. It lives as long as the test holds it, or an entry has one of its frames. */
 typedef struct {
@@ -374,7 +385,10 @@ typedef struct {
     wsf_frame *frames[VARIANTS];
     bytes encoded[VARIANTS];
     int64_t entries[VARIANTS];
-    bool is_held, is_awaited;
+    bool is_held, is_awaited, is_greeting;
+    bool is_logged;  /* is kept for those who come back */
+    uint64_t number; /* in the logs, while it is */
+    uint64_t hash[VARIANTS];
     wsf_tally tally;
     int key;
     int64_t created_ns;
@@ -384,7 +398,24 @@ typedef struct {
 typedef struct {
     letter *of;
     bool queued;
+    bool again; /* it is sent once more, or is a greeting: in a frame of variant 0, and no tally has it */
 } item;
+
+/* A message that was recorded for a client: it was handed to its connection, or is kept for it. */
+typedef struct {
+    letter *of; /* while the number is in the logs */
+    uint64_t number;
+    uint64_t hash[VARIANTS];
+} recorded;
+
+/* What is known of a client across its connections. */
+typedef struct {
+    recorded *list;
+    size_t count, capacity, handed;
+    size_t floor;      /* those before it have been let go */
+    bool may_forget;   /* memory was lacking */
+    uint64_t received; /* what the client itself has counted */
+} session;
 
 /* A control frame. It lives as long as the test holds it, or a link has it. */
 typedef struct {
@@ -404,6 +435,7 @@ typedef struct {
     uint32_t count, ring_capacity;
     uint64_t in_transport, shared, mark;
     letter *rest; /* of whose frame the transport has `shared` bytes that it has not copied */
+    uint32_t rest_variant;
     int64_t blocked_ns;
     ping *control;
     int64_t control_left_ns;
@@ -413,6 +445,12 @@ typedef struct {
     bool is_left_out, is_direct;
     int fd, far_fd; /* far_fd -1: the peer has gone */
     bytes expected, transport;
+    uint64_t lost;
+    session *session;       /* NULL: it has none */
+    bool is_greeted;        /* or is to be, by what was handed to the fan-out */
+    bool awaits_greeting;   /* the client does */
+    uint64_t greeting_hash;
+    bytes unread; /* by the client: a frame that is not complete */
     uint64_t counted_messages, counted_bytes, told_messages, told_bytes;
 } peer;
 
@@ -420,6 +458,7 @@ typedef struct {
     uint32_t peers, steps;
     bool is_small; /* buffers */
     unsigned helpers;
+    bool is_about_sessions;
 } scale;
 
 typedef struct {
@@ -435,17 +474,27 @@ typedef struct {
     wsf_totals totals;
     wsf_report reports[MOST_REPORTS];
     uint32_t report_count;
+    bool has_sessions;
+    uint32_t lacking; /* memory lacks one time of so many where sessions are concerned */
+    uint32_t sessions;
+    letter *log[LETTERS]; /* what is kept, from the oldest on */
+    uint32_t log_count;
+    uint64_t log_first, log_bytes; /* number of the oldest; bytes of all */
     int64_t now_ns;
     bool lacks_memory; /* all allocations fail */
     bool is_round;     /* sizes, limits and times are mostly multiples of 100, so that limits are met exactly */
     uint8_t payload[1 << 17];
 } world;
 
+static uint32_t variant_of(const peer *p, const item *i) { return i->again ? 0 : p->variant; }
+
+static const bytes *frame_of(const peer *p, const item *i) { return &i->of->encoded[variant_of(p, i)]; }
+
 static uint64_t peer_bytes(const peer *p)
 {
     uint64_t size = p->in_transport;
     for (uint32_t i = 0; i < p->count; i++)
-        size += p->items[i].of->encoded[p->variant].size;
+        size += frame_of(p, &p->items[i])->size;
     return size;
 }
 
@@ -461,13 +510,13 @@ static bool waits(const peer *p) { return (p->facts & WSF_WAITS) != 0; }
 
 static bool frame_lives(const letter *l, uint32_t variant)
 {
-    return l->message != NULL && (l->is_held || l->entries[variant] != 0);
+    return l->message != NULL && (l->is_held || l->entries[variant] != 0 || (l->is_logged && variant == 0));
 }
 
 /* Forget a letter that nobody has any more. */
 static void bury(letter *l)
 {
-    if (l->message == NULL || l->is_held)
+    if (l->message == NULL || l->is_held || l->is_logged)
         return;
     for (uint32_t variant = 0; variant < VARIANTS; variant++)
         if (l->entries[variant] != 0)
@@ -483,9 +532,25 @@ static void bury_ping(ping *g)
         g->frame = NULL;
 }
 
+/* What logs and cursors take is their own affair; see backlog_test. */
+static int64_t kept_account(const world *w)
+{
+    const wsf_backlog *backlog = &w->fanout->backlog;
+    int64_t sum = (int64_t)(backlog->capacity * sizeof *backlog->order);
+    for (uint32_t at = 0; at < backlog->logs.capacity; at++)
+        if (backlog->logs.entries[at] != 0) {
+            const wsf_log *log = wsf_entry_item(backlog->logs.entries[at]);
+            sum += (int64_t)(sizeof *log + log->capacity * sizeof *log->ring);
+        }
+    for (uint32_t i = 0; i < w->size->peers; i++)
+        if (w->peers[i].session != NULL)
+            sum += (int64_t)(sizeof(wsf_cursor) + w->peers[i].link->cursor->capacity * sizeof(wsf_run));
+    return sum;
+}
+
 static int64_t expected_account(const world *w)
 {
-    int64_t sum = 0;
+    int64_t sum = kept_account(w);
     for (uint32_t i = 0; i < PINGS; i++)
         if (w->pings[i].frame != NULL)
             sum += (int64_t)(sizeof(wsf_message) + sizeof(wsf_frame) + w->pings[i].size);
@@ -598,18 +663,19 @@ static void take_off(item *from)
 static void remove_item(peer *p, uint32_t at)
 {
     letter *l = p->items[at].of;
+    l->entries[variant_of(p, &p->items[at])]--;
     memmove(&p->items[at], &p->items[at + 1], (--p->count - at) * sizeof *p->items);
-    l->entries[p->variant]--;
     bury(l);
     if (p->count == 0)
         p->ring_capacity = 0;
 }
 
-static void drop_first(peer *p)
+static uint32_t again_of(const peer *p)
 {
-    take_off(&p->items[0]);
-    p->items[0].of->tally.dropped++;
-    remove_item(p, 0);
+    uint32_t again = 0;
+    while (again < p->count && p->items[again].again)
+        again++;
+    return again;
 }
 
 /* Drop from the front what is more than most_bytes, or older. Returns how many are other messages than `cause_of_it`. */
@@ -618,12 +684,16 @@ static uint32_t must_drop(world *w, peer *p, uint64_t most_bytes, int64_t before
     uint32_t messages = 0, others = 0;
     uint64_t size = 0;
     int64_t oldest_ns = 0;
-    while (p->count != 0 && (judged_bytes(w, p) > most_bytes || p->items[0].of->created_ns < before_ns)) {
-        const letter *l = p->items[0].of;
+    const uint32_t first = again_of(p);
+    while (p->count > first && (judged_bytes(w, p) > most_bytes || p->items[first].of->created_ns < before_ns)) {
+        letter *l = p->items[first].of;
         oldest_ns = messages++ == 0 ? l->created_ns : oldest_ns;
         others += l != cause_of_it;
         size += l->payload_size;
-        drop_first(p);
+        p->lost += cause == WSF_BY_END ? frame_of(p, &p->items[first])->size : 0;
+        take_off(&p->items[first]);
+        l->tally.dropped++;
+        remove_item(p, first);
     }
     w->totals.dropped[cause] += messages;
     if (messages != 0)
@@ -635,7 +705,7 @@ static void must_begin_waiting(world *w, peer *p)
 {
     w->waiting_count++;
     leave_line(w, p);
-    for (uint32_t i = 0; i < p->count; i++) {
+    for (uint32_t i = again_of(p); i < p->count; i++) {
         take_off(&p->items[i]);
         p->items[i].of->tally.queued++;
         p->items[i].queued = true;
@@ -659,7 +729,7 @@ static void must_have_in_transport(peer *p, uint64_t in_transport)
     if (p->shared > in_transport)
         p->shared = in_transport;
     if (p->shared == 0 && p->rest != NULL) {
-        p->rest->entries[p->variant]--;
+        p->rest->entries[p->rest_variant]--;
         bury(p->rest);
         p->rest = NULL;
     }
@@ -696,23 +766,148 @@ static void must_block(world *w, peer *p, uint64_t in_transport)
     must_note_peak(p);
 }
 
-static void must_close(world *w, peer *p, int cause)
+/* ---- what is kept for those who come back ------------------------------------------------------------------------- */
+
+static bool is_in_log(const world *w, uint64_t number) { return number >= w->log_first; }
+
+/* What an entry costs; see backlog.c. */
+static uint64_t log_cost(const letter *l)
 {
-    p->facts &= ~(uint32_t)(WSF_OPEN | WSF_DIRECT);
-    must_drop_control(p);
-    (void)must_drop(w, p, 0, INT64_MAX, cause, NULL);
+    return sizeof(wsf_frame) + l->encoded[0].size + sizeof(wsf_message) + sizeof(wsf_frame *) + sizeof(wsf_log *);
 }
 
-/* Since when something waits for a peer that waits. */
+static void must_let_go(world *w)
+{
+    letter *l = w->log[0];
+    w->log_bytes -= log_cost(l);
+    w->log_first++;
+    l->is_logged = false;
+    memmove(&w->log[0], &w->log[1], --w->log_count * sizeof *w->log);
+    bury(l);
+}
+
+static void must_expire_log(world *w, int64_t now_ns)
+{
+    while (w->log_count != 0 && w->log[0]->created_ns < now_ns - w->fanout->backlog.limits.max_age_ns)
+        must_let_go(w);
+}
+
+static void must_log(world *w, letter *l)
+{
+    const wsf_backlog_limits *limits = &w->fanout->backlog.limits;
+    if (l->is_logged)
+        return;
+    must_expire_log(w, l->created_ns);
+    if (log_cost(l) > limits->max_bytes)
+        return;
+    while (w->log_count != 0 && (w->log_count >= limits->max_messages || w->log_bytes + log_cost(l) > limits->max_bytes))
+        must_let_go(w);
+    if (w->lacks_memory && l->message->log_number < w->log_first)
+        return; /* which is allowed */
+    l->is_logged = true;
+    l->number = w->log_first + w->log_count;
+    w->log[w->log_count++] = l;
+    w->log_bytes += log_cost(l);
+}
+
+static void must_record(world *w, peer *p, letter *l, bool is_handed)
+{
+    session *s = p->session;
+    if (s->count == s->capacity) {
+        s->capacity = 2 * s->capacity + 64;
+        s->list = realloc(s->list, s->capacity * sizeof *s->list);
+        SHIM_REQUIRE(s->list != NULL);
+    }
+    CHECK(!is_handed || s->handed == s->count);
+    recorded *r = &s->list[s->count++];
+    *r = (recorded){.of = l, .number = l->is_logged ? l->number : 0};
+    memcpy(r->hash, l->hash, sizeof r->hash);
+    s->handed += is_handed;
+    s->may_forget = s->may_forget || w->lacks_memory;
+}
+
+/* The first from which on everything can be sent again. */
+static size_t reach_of(const world *w, const session *s)
+{
+    size_t first = s->count;
+    while (first > s->floor && is_in_log(w, s->list[first - 1].number))
+        first--;
+    return first;
+}
+
+/* What the cursor itself has; it may be less where memory was lacking. */
+static uint64_t cursor_reach(const wsf_cursor *cursor)
+{
+    uint64_t kept = 0;
+    for (uint32_t i = 0; i < cursor->count; i++)
+        kept += cursor->runs[i].count;
+    return cursor->recorded - kept;
+}
+
+static bool must_append(world *w, peer *p, letter *l, bool is_again);
+static void must_give_up(world *w, peer *p, int cause);
+
+/* The next of what is kept gets into the outbox, up to what is written at once. */
+static void must_refill(world *w, peer *p)
+{
+    session *s = p->session;
+    if (!(p->facts & WSF_BEHIND))
+        return;
+    const wsf_cursor *cursor = p->link->cursor;
+    bool is_broken = cursor->is_broken || (s->may_forget && cursor_reach(cursor) > s->handed);
+    CHECK(!is_broken || s->may_forget || reach_of(w, s) > s->handed);
+    while (s->handed < s->count && !is_broken) {
+        const recorded *r = &s->list[s->handed];
+        is_broken = !is_in_log(w, r->number);
+        if (is_broken)
+            break;
+        if (p->count == 256 || (p->count != 0 && peer_bytes(p) - p->in_transport + r->of->encoded[0].size > WSF_JOIN_BYTES))
+            return;
+        if (!must_append(w, p, r->of, true))
+            return;
+        s->handed++;
+    }
+    if (is_broken)
+        must_give_up(w, p, WSF_BY_BYTES);
+    else
+        p->facts &= ~(uint32_t)WSF_BEHIND;
+}
+
+/* ---- the end, and who is too slow --------------------------------------------------------------------------------- */
+
+static void must_close(world *w, peer *p, int cause)
+{
+    p->facts &= ~(uint32_t)(WSF_OPEN | WSF_DIRECT | WSF_BEHIND);
+    must_drop_control(p);
+    if (p->session == NULL) {
+        (void)must_drop(w, p, 0, INT64_MAX, cause, NULL);
+        return;
+    }
+    p->facts |= WSF_AWAY;
+    while (p->count != 0) {
+        letter *l = p->items[0].of;
+        p->lost += frame_of(p, &p->items[0])->size;
+        if (!p->items[0].again) {
+            must_record(w, p, l, false);
+            take_off(&p->items[0]);
+            l->tally.away++;
+        }
+        remove_item(p, 0);
+    }
+}
+
+/* Since when something waits for a peer that waits; INT64_MAX: nobody can say. */
 static int64_t since_ns(const peer *p)
 {
     int64_t blocked_ns = (p->facts & WSF_BLOCKED) ? p->blocked_ns : INT64_MAX;
-    return p->count != 0 && p->items[0].of->created_ns < blocked_ns ? p->items[0].of->created_ns : blocked_ns;
+    bool is_known = p->count != 0 && !p->items[0].again;
+    return is_known && p->items[0].of->created_ns < blocked_ns ? p->items[0].of->created_ns : blocked_ns;
 }
 
 static void must_give_up(world *w, peer *p, int cause)
 {
-    must_report(w, p, WSF_TOO_SLOW, cause, p->count, peer_bytes(p), since_ns(p));
+    const int64_t since = since_ns(p);
+    must_report(w, p, WSF_TOO_SLOW, cause, p->count, peer_bytes(p), since == INT64_MAX ? w->now_ns : since);
     w->totals.too_slow[cause]++;
     must_close(w, p, cause);
 }
@@ -739,7 +934,7 @@ static bool must_accept(world *w, peer *p, letter *l)
     default:
         l->tally.displaced += must_drop(w, p, limits->low_bytes > size ? limits->low_bytes - size : 0, INT64_MIN,
                                         WSF_BY_BYTES, l);
-        if (p->count == 0 || judged_bytes(w, p) + size <= limits->max_bytes)
+        if (p->count == again_of(p) || judged_bytes(w, p) + size <= limits->max_bytes)
             return true;
     }
     w->totals.dropped[WSF_BY_BYTES]++;
@@ -750,7 +945,7 @@ static bool must_accept(world *w, peer *p, letter *l)
 /* Whether it took the place of an older one with its key. */
 static bool must_replace(world *w, peer *p, letter *l)
 {
-    uint32_t at = 0;
+    uint32_t at = again_of(p);
     while (at < p->count && p->items[at].of->key != l->key)
         at++;
     if (at == p->count)
@@ -784,7 +979,7 @@ static void must_stand(world *w, peer *p, bool is_late)
     }
 }
 
-static bool must_append(world *w, peer *p, letter *l)
+static bool must_append(world *w, peer *p, letter *l, bool is_again)
 {
     bool grows = p->count != 0 && p->count >= p->ring_capacity;
     if (grows && w->lacks_memory)
@@ -792,29 +987,45 @@ static bool must_append(world *w, peer *p, letter *l)
     if (grows)
         p->ring_capacity = p->ring_capacity == 0 ? 8 : 2 * p->ring_capacity;
     SHIM_REQUIRE(p->count < MOST_ITEMS);
-    p->items[p->count++] = (item){l, waits(p)};
-    l->entries[p->variant]++;
+    p->items[p->count] = (item){l, waits(p) && !is_again, is_again};
+    l->entries[variant_of(p, &p->items[p->count++])]++;
     return true;
+}
+
+static void must_keep(world *w, peer *p, letter *l)
+{
+    must_record(w, p, l, false);
+    l->tally.targets++;
+    l->tally.away++;
 }
 
 static void must_take(world *w, peer *p, letter *l, bool is_late)
 {
     const uint64_t before = judged_bytes(w, p);
+    if (p->facts & WSF_KEEPS) {
+        must_keep(w, p, l);
+        return;
+    }
     if ((p->facts & WSF_OPEN) && w->limits.policy == WSF_CONFLATE && l->key != NO_KEY && must_replace(w, p, l)) {
         if (!waits(p))
             must_stand(w, p, is_late);
         return;
     }
-    l->tally.targets++;
-    if (!(p->facts & WSF_OPEN) || (waits(p) && !must_accept(w, p, l)) || !must_append(w, p, l)) {
+    if (!(p->facts & WSF_OPEN) || (waits(p) && !must_accept(w, p, l)) || !must_append(w, p, l, false)) {
+        if (p->facts & WSF_AWAY) {
+            must_keep(w, p, l);
+            return;
+        }
+        l->tally.targets++;
         l->tally.dropped++;
         return;
     }
+    l->tally.targets++;
     if (waits(p)) {
         l->tally.queued++;
         must_note_peak(p);
         CHECK(w->limits.policy == WSF_KEEP || judged_bytes(w, p) <= w->limits.max_bytes ||
-              judged_bytes(w, p) <= before || p->count == 1);
+              judged_bytes(w, p) <= before || p->count == 1 + again_of(p));
     } else {
         l->tally.pending++;
         must_stand(w, p, is_late);
@@ -823,18 +1034,39 @@ static void must_take(world *w, peer *p, letter *l, bool is_late)
 
 /* ---- comparing ---------------------------------------------------------------------------------------------------- */
 
-static void check_letter(const letter *l)
+static void check_letter(const world *w, const letter *l)
 {
     const wsf_tally *tally = &l->message->tally;
     int64_t references = l->is_held;
     CHECK(memcmp(tally, &l->tally, sizeof *tally) == 0);
-    CHECK(tally->targets == tally->pending + tally->sent + tally->queued + tally->dropped + tally->failed);
+    CHECK(tally->targets ==
+          tally->pending + tally->sent + tally->queued + tally->dropped + tally->failed + tally->away);
+    CHECK(l->message->log_number == (l->is_logged ? l->number : 0) || !is_in_log(w, l->message->log_number));
     for (uint32_t variant = 0; variant < VARIANTS; variant++)
         if (frame_lives(l, variant)) {
-            CHECK(l->frames[variant]->references == l->entries[variant] + l->is_held);
+            CHECK(l->frames[variant]->references == l->entries[variant] + l->is_held + (l->is_logged && variant == 0));
             references++;
         }
     CHECK(l->message->references == references);
+}
+
+static void check_session(const world *w, const peer *p)
+{
+    const session *s = p->session;
+    const wsf_cursor *cursor = p->link->cursor;
+    CHECK(cursor->recorded == s->count && cursor->handed == s->handed && s->received <= s->handed);
+    CHECK(s->may_forget || !cursor->is_broken || reach_of(w, s) > s->handed);
+    CHECK(!(p->facts & WSF_BEHIND) || p->count != 0 || !p->is_greeted);
+    CHECK((p->facts & WSF_KEEPS) || s->handed == s->count);
+}
+
+static void check_log(const world *w)
+{
+    const wsf_backlog *backlog = &w->fanout->backlog;
+    CHECK(w->fanout->sessions == w->sessions && wsf_live[WSF_LIVE_LOG] == backlog->logs.used);
+    CHECK(backlog->count == w->log_count && backlog->first_number == w->log_first && backlog->bytes == w->log_bytes);
+    for (uint32_t i = 0; i < w->log_count; i++)
+        CHECK(w->log[i]->is_logged && w->log[i]->message->log_number == w->log_first + i);
 }
 
 static void check_peer(const world *w, const peer *p)
@@ -855,9 +1087,13 @@ static void check_peer(const world *w, const peer *p)
     CHECK(p->told_messages == p->counted_messages && p->told_bytes == p->counted_bytes);
     for (uint32_t i = 0; i < p->count; i++) {
         wsf_entry entry = *wsf_outbox_at(&link->outbox, i);
-        CHECK(wsf_entry_frame(entry) == p->items[i].of->frames[p->variant]);
+        CHECK(wsf_entry_frame(entry) == p->items[i].of->frames[variant_of(p, &p->items[i])]);
         CHECK((entry & WSF_QUEUED) == (wsf_entry)p->items[i].queued);
+        CHECK(((entry & WSF_AGAIN) != 0) == p->items[i].again);
     }
+    CHECK(link->lost_bytes == p->lost && (link->cursor != NULL) == (p->session != NULL));
+    if (p->session != NULL)
+        check_session(w, p);
     CHECK(wsf_fanout_find(w->fanout, &p->record) == link);
 }
 
@@ -936,6 +1172,7 @@ static void check_world(world *w)
     if (one_in(&w->random, 3))
         check_holding(w);
     wsf_fanout_check(w->fanout);
+    check_log(w);
     for (uint32_t i = 0; i < w->size->peers; i++)
         if (w->peers[i].link != NULL)
             check_peer(w, &w->peers[i]);
@@ -943,7 +1180,7 @@ static void check_world(world *w)
         if (w->letters[i].message == NULL)
             continue;
         messages++;
-        check_letter(&w->letters[i]);
+        check_letter(w, &w->letters[i]);
         for (uint32_t variant = 0; variant < VARIANTS; variant++)
             frames += frame_lives(&w->letters[i], variant);
     }
@@ -979,6 +1216,49 @@ static peer *some_peer(world *w)
     return NULL;
 }
 
+static uint64_t hash_of(const uint8_t *data, size_t size)
+{
+    uint64_t hash = UINT64_C(0xCBF29CE484222325); /* FNV-1a */
+    for (size_t i = 0; i < size; i++)
+        hash = (hash ^ data[i]) * UINT64_C(0x100000001B3);
+    return hash;
+}
+
+/* The size of the frame that these bytes begin with; 0: they are too few. */
+static size_t size_of_frame(const uint8_t *data, size_t size)
+{
+    static const size_t extended[128] = {[126] = 2, [127] = 8};
+    if (size < 2 || size < 2 + extended[data[1]])
+        return 0;
+    uint64_t length = extended[data[1]] == 0 ? data[1] : 0;
+    for (size_t i = 0; i < extended[data[1]]; i++)
+        length = 256 * length + data[2 + i];
+    length += 2 + extended[data[1]];
+    return length <= size ? (size_t)length : 0;
+}
+
+/* A client with a session counts the messages that have come whole. Each must be the next one. */
+static void count_received(peer *p, const uint8_t *data, size_t size)
+{
+    session *s = p->session;
+    size_t used = 0, frame;
+    bytes_add(&p->unread, data, size);
+    for (; (frame = size_of_frame(p->unread.data + used, p->unread.size - used)) != 0; used += frame) {
+        const uint64_t hash = hash_of(p->unread.data + used, frame);
+        if (p->unread.data[used] & 0x08) /* a control frame */
+            continue;
+        if (p->awaits_greeting) {
+            CHECK(hash == p->greeting_hash);
+            p->awaits_greeting = false;
+            continue;
+        }
+        CHECK(s->received < s->handed);
+        const recorded *next = &s->list[s->received++];
+        CHECK(hash == next->hash[0] || hash == next->hash[p->variant]);
+    }
+    bytes_skip(&p->unread, used);
+}
+
 /* The far end reads at most so much, and finds what it expects. Returns false at the end of the stream. */
 static bool far_read(world *w, peer *p, size_t most)
 {
@@ -997,18 +1277,29 @@ static bool far_read(world *w, peer *p, size_t most)
         CHECK((size_t)result <= p->expected.size);
         CHECK(memcmp(buffer, p->expected.data, (size_t)result) == 0);
         bytes_skip(&p->expected, (size_t)result);
+        if (p->session != NULL)
+            count_received(p, buffer, (size_t)result);
         most -= (size_t)result;
     }
     (void)w;
     return true;
 }
 
+static void end_link(world *w, peer *p)
+{
+    w->lacks_memory = p->session != NULL && one_in(&w->random, w->lacking);
+    must_close(w, p, WSF_BY_END);
+    inject_fault(w->lacks_memory, true);
+    wsf_link_close(w->fanout, p->link, WSF_BY_END);
+    (void)end_faults();
+    w->lacks_memory = false;
+}
+
 static void lose(world *w, peer *p)
 {
     CHECK(p->far_fd < 0); /* sockets do not break by themselves */
     p->transport.size = 0;
-    wsf_link_close(w->fanout, p->link, WSF_BY_END);
-    must_close(w, p, WSF_BY_END);
+    end_link(w, p);
 }
 
 /* The transport writes what it can. Returns whether the connection is still there. */
@@ -1045,8 +1336,8 @@ static bool library_write(world *w, peer *p, const void *data, size_t size)
 
 static void block(world *w, peer *p, uint64_t in_transport)
 {
-    wsf_link_block(w->fanout, p->link, in_transport);
     must_block(w, p, in_transport);
+    wsf_link_block(w->fanout, p->link, in_transport);
 }
 
 /* The transport has got rid of everything. */
@@ -1062,26 +1353,44 @@ static void count(wsf_link *link, uint64_t messages, uint64_t size)
     peer_of(link)->told_bytes += size;
 }
 
-static void must_count(world *w, peer *p, const letter *l)
+/* The first is handed over; is_whole: all of it has been taken. */
+static void must_hand(world *w, peer *p, bool is_whole)
 {
-    p->counted_messages++;
-    p->counted_bytes += l->payload_size;
-    w->totals.messages++;
-    w->totals.bytes += l->payload_size;
+    letter *l = p->items[0].of;
+    if (!l->is_greeting) {
+        p->counted_messages++;
+        p->counted_bytes += l->payload_size;
+        w->totals.messages++;
+        w->totals.bytes += l->payload_size;
+    }
+    if (!p->items[0].again) {
+        if (p->session != NULL)
+            must_record(w, p, l, true);
+        take_off(&p->items[0]);
+        *(is_whole ? &l->tally.sent : &l->tally.queued) += 1;
+    }
+    remove_item(p, 0);
 }
 
 /* ---- operations --------------------------------------------------------------------------------------------------- */
 
-static void admit(world *w, peer *p)
+static wsf_link *make_link(void)
+{
+    wsf_link *link = aligned_alloc(64, sizeof *link);
+    SHIM_REQUIRE(link != NULL);
+    memset(link, 0, sizeof *link);
+    return link;
+}
+
+/* A connection for a link that the fan-out does not know yet. */
+static void connect_link(world *w, peer *p, wsf_link *link)
 {
     chance *random = &w->random;
     int ends[2];
     open_pair(ends, one_in(random, 6), w->size->is_small);
-    wsf_link *link = aligned_alloc(64, sizeof *link);
-    SHIM_REQUIRE(link != NULL);
-    memset(link, 0, sizeof *link);
-    p->facts = 0;
-    p->peak = 0;
+    p->facts = link->facts;
+    p->peak = p->lost = 0;
+    p->is_greeted = false;
     p->control_left_ns = 0;
     p->was_held = p->is_news = false;
     p->variant = w->is_round ? 0 : below(random, VARIANTS);
@@ -1094,23 +1403,52 @@ static void admit(world *w, peer *p)
     link->record = &p->record;
     link->handle = (PyObject *)(void *)p;
     link->outbox.first_number = one_in(random, 2) ? UINT32_MAX - below(random, 40) : 0;
+}
+
+static void open_link(world *w, peer *p, wsf_link *link)
+{
+    p->link = link;
+    link->facts |= WSF_OPEN;
+    p->facts |= WSF_OPEN;
+    if (p->is_direct) {
+        wsf_link_set(w->fanout, link, WSF_DIRECT);
+        p->facts |= WSF_DIRECT;
+    }
+}
+
+static void must_begin_session(world *w, peer *p)
+{
+    p->session = must_alloc(1, sizeof *p->session);
+    p->facts |= WSF_BEHIND;
+    p->awaits_greeting = true;
+    w->sessions++;
+}
+
+static void begin_session(world *w, peer *p)
+{
+    inject_fault(one_in(&w->random, 4), false);
+    int outcome = wsf_link_begin_session(w->fanout, p->link);
+    CHECK(end_faults() == (outcome == WSF_NO_MEMORY));
+    if (outcome == WSF_OK)
+        must_begin_session(w, p);
+}
+
+static void admit(world *w, peer *p)
+{
+    wsf_link *link = make_link();
+    connect_link(w, p, link);
     int outcome = WSF_NO_MEMORY;
-    for (int64_t fault = below(random, 2); outcome != WSF_OK; fault = fault == 0 ? 0 : fault + 1) {
+    for (int64_t fault = below(&w->random, 2); outcome != WSF_OK; fault = fault == 0 ? 0 : fault + 1) {
         inject_fault(fault, false);
         outcome = wsf_fanout_admit(w->fanout, link);
         CHECK(end_faults() == (outcome != WSF_OK));
         w->links += outcome == WSF_OK;
         check_world(w);
         CHECK((wsf_fanout_find(w->fanout, &p->record) == link) == (outcome == WSF_OK));
-        if (outcome == WSF_OK)
-            break;
     }
-    p->link = link;
-    link->facts = p->facts = WSF_OPEN;
-    if (p->is_direct) {
-        wsf_link_set(w->fanout, link, WSF_DIRECT);
-        p->facts |= WSF_DIRECT;
-    }
+    open_link(w, p, link);
+    if (w->has_sessions && (w->size->is_about_sessions || !one_in(&w->random, 3)))
+        begin_session(w, p);
 }
 
 static void take_reports(world *w)
@@ -1118,9 +1456,20 @@ static void take_reports(world *w)
     w->fanout->report_count = w->report_count = 0;
 }
 
+static void close_ends(peer *p)
+{
+    close(p->fd);
+    if (p->far_fd >= 0)
+        close(p->far_fd);
+    p->fd = p->far_fd = -1;
+    p->expected.size = p->transport.size = 0;
+}
+
 /* The stream ends, and all has arrived that was handed to the socket. */
 static void end_stream(world *w, peer *p)
 {
+    if (p->fd < 0)
+        return; /* it was cut */
     p->expected.size -= p->transport.size;
     (void)shutdown(p->fd, SHUT_WR); /* closed, the kernel may lose patience and reset it */
     while (p->far_fd >= 0 && far_read(w, p, SIZE_MAX)) {
@@ -1128,18 +1477,22 @@ static void end_stream(world *w, peer *p)
         CHECK(poll(&wanted, 1, 20000) == 1);
     }
     CHECK(p->far_fd < 0 || p->expected.size == 0);
-    close(p->fd);
-    if (p->far_fd >= 0)
-        close(p->far_fd);
-    p->expected.size = p->transport.size = 0;
+    close_ends(p);
 }
 
-static void forget(world *w, peer *p)
+static void must_end_session(world *w, peer *p)
 {
-    wsf_link_close(w->fanout, p->link, WSF_BY_END);
-    must_close(w, p, WSF_BY_END);
-    if (p->transport.size != 0 && p->far_fd >= 0)
-        CHECK((p->facts & (WSF_UNSURE | WSF_BLOCKED)) != 0);
+    session *s = p->session;
+    w->totals.dropped[WSF_BY_END] += s->count - s->handed;
+    p->facts &= ~(uint32_t)WSF_KEEPS;
+    w->sessions--;
+    while (w->sessions == 0 && w->log_count != 0)
+        must_let_go(w);
+}
+
+/* The link goes; a session that it has still has been counted as ended. */
+static void forget_link(world *w, peer *p)
+{
     check_reports(w);
     uint32_t kept = 0;
     for (uint32_t i = 0; i < w->report_count; i++)
@@ -1156,8 +1509,24 @@ static void forget(world *w, peer *p)
     w->links--;
     free(p->link);
     p->link = NULL;
-    end_stream(w, p);
     p->counted_messages = p->counted_bytes = p->told_messages = p->told_bytes = 0;
+}
+
+static void forget(world *w, peer *p)
+{
+    end_link(w, p);
+    if (p->transport.size != 0 && p->far_fd >= 0)
+        CHECK((p->facts & (WSF_UNSURE | WSF_BLOCKED)) != 0);
+    if (p->session != NULL)
+        must_end_session(w, p);
+    forget_link(w, p);
+    end_stream(w, p);
+    if (p->session != NULL) {
+        free(p->session->list);
+        free(p->session);
+    }
+    p->session = NULL;
+    p->unread.size = 0;
 }
 
 static size_t some_size(chance *random)
@@ -1188,6 +1557,7 @@ static letter *new_letter(world *w, uint64_t size, int key)
     l->key = key;
     l->created_ns = w->now_ns;
     l->is_held = true;
+    l->is_greeting = false;
     l->message = wsf_message_new(&w->fanout->account, w->now_ns, key_object(random, l->key), l->payload_size);
     for (uint32_t variant = 0; variant < VARIANTS; variant++) {
         uint8_t header[WSF_MAX_HEADER], first = (uint8_t)((is_text ? 1 : 2) | (variant == 0 ? 0 : 0x40));
@@ -1196,13 +1566,14 @@ static letter *new_letter(world *w, uint64_t size, int key)
         l->frames[variant] = wsf_frame_new(l->message, first, payload, length);
         bytes_add(&l->encoded[variant], header, spell_header(first, length, header));
         bytes_add(&l->encoded[variant], payload, length);
+        l->hash[variant] = hash_of(l->encoded[variant].data, l->encoded[variant].size);
     }
     return l;
 }
 
-static void release_letter(letter *l)
+static void release_letter(const world *w, letter *l)
 {
-    check_letter(l);
+    check_letter(w, l);
     l->is_held = false;
     wsf_message *message = l->message;
     for (uint32_t variant = 0; variant < VARIANTS; variant++)
@@ -1216,6 +1587,7 @@ static void push(world *w, letter *l, uint32_t targets, bool is_late)
     wsf_link **links = must_alloc(targets, sizeof *links);
     chance *random = &w->random;
     uint32_t used = 0, first = below(random, w->size->peers);
+    bool is_logged = false;
     for (uint32_t i = 0; i < w->size->peers && used < targets; i++) {
         peer *p = &w->peers[(first + i) % w->size->peers];
         if (p->link == NULL || p->count + 1 >= MOST_ITEMS)
@@ -1224,14 +1596,18 @@ static void push(world *w, letter *l, uint32_t targets, bool is_late)
         p->is_left_out = one_in(random, 10);
         if (p->is_left_out)
             p->link->left_out_of = w->fanout->pushes + 1;
+        else
+            is_logged = is_logged || p->session != NULL;
     }
-    w->lacks_memory = one_in(random, 8);
+    w->lacks_memory = one_in(random, w->sessions == 0 ? 8 : w->lacking);
+    inject_fault(w->lacks_memory, true);
+    wsf_fanout_push(w->fanout, links, used, l->frames, is_late, below(random, 4));
+    (void)end_faults();
+    if (is_logged)
+        must_log(w, l);
     for (uint32_t i = 0; i < used; i++)
         if (!peer_of(links[i])->is_left_out)
             must_take(w, peer_of(links[i]), l, is_late);
-    inject_fault(w->lacks_memory, true);
-    wsf_fanout_push(w->fanout, links, used, l->frames, is_late, 0);
-    (void)end_faults();
     w->lacks_memory = false;
     free(links);
 }
@@ -1329,7 +1705,7 @@ static void some_push(world *w)
         l->is_awaited = true;
     }
     if (one_in(random, 2))
-        release_letter(l);
+        release_letter(w, l);
 }
 
 /* They could not be written: a control frame is none of them, and goes with the link. */
@@ -1337,7 +1713,7 @@ static void must_fail(world *w, peer *p, uint32_t frames)
 {
     w->totals.failed++;
     must_drop_control(p);
-    for (; frames > 0; frames--) {
+    for (; frames > 0 && p->session == NULL; frames--) {
         take_off(&p->items[0]);
         p->items[0].of->tally.failed++;
         remove_item(p, 0);
@@ -1354,27 +1730,28 @@ static void write_frames(world *w, peer *p, uint32_t frames)
         bytes_add(&p->transport, p->control->encoded, p->control->size);
     }
     for (uint32_t i = 0; i < frames - controls; i++) {
-        const bytes *data = &p->items[i].of->encoded[p->variant];
+        const bytes *data = frame_of(p, &p->items[i]);
         bytes_add(&p->expected, data->data, data->size);
         bytes_add(&p->transport, data->data, data->size);
     }
     if (!transport_write(w, p))
         return;
     const size_t left = p->transport.size;
-    wsf_link_commit(w->fanout, p->link, frames, left, count);
     if (controls != 0)
         must_let_control_leave(w, p, left != 0);
-    for (uint32_t i = 0; i < frames - controls; i++) {
-        letter *l = p->items[0].of;
-        must_count(w, p, l);
-        take_off(&p->items[0]);
-        *(left == 0 ? &l->tally.sent : &l->tally.queued) += 1;
-        remove_item(p, 0);
-    }
+    w->lacks_memory = p->session != NULL && one_in(&w->random, w->lacking);
+    for (uint32_t i = 0; i < frames - controls; i++)
+        must_hand(w, p, left == 0);
     if (left != 0)
         must_block(w, p, left);
-    else if ((p->count != 0 || p->control != NULL) && !waits(p))
+    if (frames != controls && p->count == 0)
+        must_refill(w, p);
+    if ((p->count != 0 || p->control != NULL) && !waits(p))
         stand_in_line(w, p);
+    inject_fault(w->lacks_memory, true);
+    wsf_link_commit(w->fanout, p->link, frames, left, count);
+    (void)end_faults();
+    w->lacks_memory = false;
 }
 
 /* What an adapter does with what goes through it. */
@@ -1391,8 +1768,8 @@ static void write_through(world *w, peer *p)
     p->facts &= ~(uint32_t)WSF_UNSURE;
     uint32_t frames = 1 + below(&w->random, p->count + controls);
     if (p->far_fd < 0 && one_in(&w->random, 2)) {
-        wsf_link_fail(w->fanout, p->link, frames);
         must_fail(w, p, frames - controls);
+        wsf_link_fail(w->fanout, p->link, frames);
         return;
     }
     write_frames(w, p, frames);
@@ -1412,6 +1789,7 @@ static int must_settle(world *w, const wsf_job *job, size_t *offset)
     peer *p = peer_of(job->link);
     uint64_t left = job->sent < 0 ? 0 : (uint64_t)job->sent;
     const uint64_t control_size = p->control == NULL ? 0 : p->control->size;
+    const uint32_t frames = p->count;
     if (!(p->facts & WSF_OPEN) || (p->count == 0 && p->control == NULL))
         return WSF_DONE;
     CHECK(job->frames == p->count && job->size == peer_bytes(p) + control_size && left <= job->size);
@@ -1440,35 +1818,37 @@ static int must_settle(world *w, const wsf_job *job, size_t *offset)
         left -= control_size;
         must_let_control_leave(w, p, false);
     }
-    while (p->count != 0 && p->items[0].of->encoded[p->variant].size <= left) {
-        letter *l = p->items[0].of;
-        bytes_add(&p->expected, l->encoded[p->variant].data, l->encoded[p->variant].size);
-        left -= l->encoded[p->variant].size; /* while it lives */
-        must_count(w, p, l);
-        take_off(&p->items[0]);
-        l->tally.sent++;
-        remove_item(p, 0);
+    while (p->count != 0 && frame_of(p, &p->items[0])->size <= left) {
+        const bytes *data = frame_of(p, &p->items[0]);
+        bytes_add(&p->expected, data->data, data->size);
+        left -= data->size; /* while it lives */
+        must_hand(w, p, true);
     }
     if (p->count == 0) {
         p->facts &= ~(uint32_t)WSF_SHEDDING;
+        if (frames != 0)
+            must_refill(w, p);
+        if (p->count != 0)
+            stand_in_line(w, p);
         return WSF_DONE;
     }
     letter *l = p->items[0].of;
-    const bytes *data = &l->encoded[p->variant];
+    const uint32_t variant = variant_of(p, &p->items[0]);
+    const bytes *data = &l->encoded[variant];
     const size_t rest = data->size - (size_t)left;
     *offset = (size_t)left;
     bytes_add(&p->expected, data->data, data->size);
     bytes_add(&p->transport, data->data + left, rest);
-    must_count(w, p, l);
-    take_off(&p->items[0]);
-    l->tally.queued++;
-    if (job->link->keeps_views && l->entries[p->variant] + l->is_held > 1) {
-        l->entries[p->variant]++;
+    if (job->link->keeps_views && l->entries[variant] + l->is_held + (l->is_logged && variant == 0) > 1) {
+        l->entries[variant]++;
         p->rest = l;
+        p->rest_variant = variant;
         p->shared = rest;
     }
-    remove_item(p, 0);
+    must_hand(w, p, false);
     must_block(w, p, rest);
+    if (p->count == 0)
+        must_refill(w, p);
     return WSF_REST;
 }
 
@@ -1487,6 +1867,8 @@ static void settle(world *w, int64_t carried_out)
     static peer *through[WSF_BATCH];
     uint32_t through_count = 0;
     wsf_remainder remainder;
+    w->lacks_memory = w->sessions != 0 && one_in(&w->random, w->lacking);
+    inject_fault(w->lacks_memory, true);
     for (int64_t i = 0; i < carried_out; i++) {
         const wsf_job job = w->fanout->jobs[i];
         size_t offset = 0;
@@ -1513,6 +1895,8 @@ static void settle(world *w, int64_t carried_out)
         }
     }
     CHECK(wsf_fanout_settle(w->fanout, count, &remainder) == WSF_DONE);
+    (void)end_faults();
+    w->lacks_memory = false;
     for (uint32_t i = 0; i < through_count; i++)
         write_through(w, through[i]);
 }
@@ -1577,7 +1961,8 @@ static void some_fragment(world *w, peer *p)
 {
     const uint8_t fragments[2][4] = {{0x01, 2, 'a', 'b'}, {0x80, 2, 'c', 'd'}};
     const bool under_way = (p->facts & WSF_FRAGMENT) != 0;
-    if (!(p->facts & WSF_OPEN) || !library_write(w, p, fragments[under_way], 4))
+    /* What the library is told to send where there is a session is a push. */
+    if (!(p->facts & WSF_OPEN) || (p->session == NULL && !library_write(w, p, fragments[under_way], 4)))
         return;
     if (under_way) {
         wsf_link_clear(w->fanout, p->link, WSF_FRAGMENT);
@@ -1605,10 +1990,42 @@ static void expire(world *w)
     wsf_fanout_expire(w->fanout);
 }
 
+/* To keep what waits takes memory of logs and cursors, so how many had to give is learned: first some lose what waits, and if
+ * that was all of them, some are given up. */
+static void must_shed_as_found(world *w, uint32_t waiting, bool drops, uint32_t reports)
+{
+    bool is_enough = false;
+    for (uint32_t i = 0; i < waiting && drops; i++) {
+        peer *p = w->order[i];
+        if (p->count == again_of(p))
+            continue;
+        if (p->link->outbox.count == p->count)
+            is_enough = true;
+        else
+            CHECK(!is_enough);
+        if (!is_enough)
+            (void)must_drop(w, p, 0, INT64_MAX, WSF_BY_BUDGET, NULL);
+    }
+    for (uint32_t i = 0, given_up = 0; i < waiting; i++) {
+        peer *p = w->order[i];
+        for (uint32_t at = reports; at < w->fanout->report_count; at++) {
+            const wsf_report *r = &w->fanout->reports[at];
+            if (r->link != p->link || r->what != WSF_TOO_SLOW)
+                continue;
+            CHECK(!is_enough && r->cause == WSF_BY_BUDGET && peer_bytes(p) != 0);
+            must_give_up(w, p, WSF_BY_BUDGET);
+            given_up++;
+            break;
+        }
+        (void)given_up;
+    }
+}
+
 static void shed(world *w)
 {
     const uint64_t most = w->limits.max_total_bytes, enough = most - most / 8;
     const bool drops = w->limits.policy != WSF_KEEP && w->limits.policy != WSF_DISCONNECT;
+    const uint32_t reports = w->report_count;
     uint32_t waiting = w->waiting_count;
     bool is_over = wsf_fanout_is_over(w->fanout);
     CHECK(is_over == ((uint64_t)expected_account(w) > most));
@@ -1619,6 +2036,10 @@ static void shed(world *w)
     for (uint32_t i = 0; i < waiting; i++) {
         w->order[i] = peer_of(w->fanout->waiting[i]);
         CHECK(waits(w->order[i]) && (i == 0 || peer_bytes(w->order[i - 1]) >= peer_bytes(w->order[i])));
+    }
+    if (w->sessions != 0) {
+        must_shed_as_found(w, waiting, drops, reports);
+        return;
     }
     uint64_t leaving = 0;
     /* A table of keys goes with the last entry, as the account of the model sees in the outbox: take it as it is now. */
@@ -1661,10 +2082,101 @@ static void hang_up(world *w, peer *p)
     p->far_fd = -1;
 }
 
+/* Greet a client; what is kept for it follows. */
+static void greet(world *w, peer *p)
+{
+    letter *l = new_letter(w, below(&w->random, 200), NO_KEY);
+    if (l == NULL)
+        return;
+    l->is_greeting = true;
+    w->lacks_memory = one_in(&w->random, w->lacking);
+    if (p->facts & WSF_OPEN) {
+        p->is_greeted = true;
+        p->greeting_hash = l->hash[0];
+        CHECK(must_append(w, p, l, true));
+        must_refill(w, p);
+        if (!waits(p) && p->count != 0)
+            stand_in_line(w, p);
+    }
+    wsf_frame_retain(l->frames[0], 1);
+    inject_fault(w->lacks_memory, true);
+    CHECK(wsf_link_greet(w->fanout, p->link, l->frames[0]) == WSF_OK);
+    (void)end_faults();
+    w->lacks_memory = false;
+    release_letter(w, l);
+}
+
+/* The connection breaks, and some of what was under way is lost. */
+static void cut(world *w, peer *p)
+{
+    end_link(w, p);
+    wsf_link_clear(w->fanout, p->link, WSF_WAITS);
+    must_clear(w, p, WSF_WAITS);
+    if (p->fd < 0)
+        return;
+    if (one_in(&w->random, 2))
+        (void)far_read(w, p, one_in(&w->random, 2) ? SIZE_MAX : below(&w->random, 5000));
+    close_ends(p);
+    p->unread.size = 0;
+}
+
+/* Nearly always the client says what is true. */
+static uint64_t some_received(world *w, const session *s)
+{
+    switch (below(&w->random, 12)) {
+    case 0: return below(&w->random, (uint32_t)s->received + 1);
+    case 1: return s->handed + 1 + below(&w->random, 3);
+    case 2: return s->handed;
+    case 3: return reach_of(w, s) - (reach_of(w, s) != 0);
+    default: return s->received;
+    }
+}
+
+/* The client is back on another connection. */
+static void come_back(world *w, peer *p)
+{
+    session *s = p->session;
+    cut(w, p);
+    const uint64_t received = some_received(w, s);
+    must_expire_log(w, w->now_ns);
+    const bool is_there = received >= reach_of(w, s) && received <= s->handed;
+    const bool goes = wsf_link_rewind(w->fanout, p->link, received);
+    CHECK(s->may_forget ? !goes || is_there : goes == is_there);
+    if (!goes) {
+        forget(w, p);
+        return;
+    }
+    s->handed = s->floor = (size_t)received;
+    s->received = received;
+    check_world(w);
+    wsf_link *newer = make_link();
+    wsf_link_take_session(w->fanout, newer, p->link);
+    p->facts &= ~(uint32_t)WSF_KEEPS;
+    forget_link(w, p);
+    connect_link(w, p, newer);
+    p->awaits_greeting = true;
+    while (wsf_fanout_admit(w->fanout, newer) != WSF_OK)
+        ;
+    w->links++;
+    open_link(w, p, newer);
+}
+
+static void some_session(world *w, peer *p)
+{
+    if (p->session == NULL)
+        return;
+    if (!p->is_greeted)
+        greet(w, p);
+    else if (!(p->facts & WSF_OPEN) || one_in(&w->random, 4))
+        come_back(w, p);
+    else if (one_in(&w->random, 2))
+        cut(w, p);
+}
+
 static void some_operation_on(world *w, peer *p)
 {
     chance *random = &w->random;
-    switch (below(random, 13)) {
+    switch (below(random, w->has_sessions ? 15 : 13)) {
     case 0:
     case 1:
     case 2: (void)far_read(w, p, one_in(random, 4) ? SIZE_MAX : below(random, 5000)); return;
@@ -1687,13 +2199,41 @@ static void some_operation_on(world *w, peer *p)
         if (one_in(random, 4))
             finish(w, p);
         return;
-    default:
-        if (one_in(random, 6)) {
+    case 12:
+        if (one_in(random, w->has_sessions ? 12 : 6)) {
             forget(w, p);
         } else if (one_in(random, 8)) {
-            wsf_link_close(w->fanout, p->link, WSF_BY_END);
-            must_close(w, p, WSF_BY_END);
+            end_link(w, p);
         }
+        return;
+    case 13:
+    case 14: some_session(w, p);
+    }
+}
+
+/* What makes clients come back with much to be sent: short messages that arrive, and now and then a connection that breaks. */
+static void some_life_of_sessions(world *w, peer *p)
+{
+    chance *random = &w->random;
+    if (p->link == NULL) {
+        admit(w, p);
+    } else if (p->session != NULL && !p->is_greeted && !one_in(random, 4)) {
+        greet(w, p);
+    } else if (p->session != NULL && (one_in(random, 20) || (!(p->facts & WSF_OPEN) && one_in(random, 8)))) {
+        come_back(w, p);
+    } else if (p->session != NULL && one_in(random, 30)) {
+        cut(w, p);
+    } else if (one_in(random, 2)) {
+        letter *l = new_letter(w, below(random, one_in(random, 10) ? 6000 : 120), one_in(random, 3) ? (int)below(random, 3) : NO_KEY);
+        if (l == NULL)
+            return;
+        push(w, l, 1 + below(random, w->size->peers), one_in(random, 8));
+        release_letter(w, l);
+    } else {
+        flush(w, INT64_MAX);
+        (void)far_read(w, p, one_in(random, 3) ? below(random, 3000) : SIZE_MAX);
+        if (p->fd >= 0)
+            transport_step(w, p);
     }
 }
 
@@ -1703,6 +2243,10 @@ static void some_operation(world *w)
     peer *p = &w->peers[below(random, w->size->peers)];
     w->now_ns += w->is_round ? 100 * below(random, 2) : below(random, 100);
     w->fanout->now_ns = w->now_ns;
+    if (w->size->is_about_sessions && !one_in(random, 4)) {
+        some_life_of_sessions(w, p);
+        return;
+    }
     switch (below(random, 18)) {
     case 0:
     case 1:
@@ -1723,7 +2267,13 @@ static void some_operation(world *w)
             admit(w, p);
         return;
     case 8: end_window(w); return;
-    case 9: expire(w); return;
+    case 9:
+        expire(w);
+        if (one_in(random, 3)) {
+            must_expire_log(w, w->now_ns);
+            wsf_backlog_expire(&w->fanout->backlog, w->now_ns);
+        }
+        return;
     case 10:
         if (one_in(random, 2))
             shed(w);
@@ -1731,7 +2281,7 @@ static void some_operation(world *w)
     case 11: {
         letter *l = &w->letters[below(random, LETTERS)];
         if (l->message != NULL && l->is_held)
-            release_letter(l);
+            release_letter(w, l);
         return;
     }
     case 12:
@@ -1766,6 +2316,8 @@ static world *open_world(uint64_t seed, const scale *size)
     w->limits.low_bytes = w->limits.max_bytes * below(random, 5) / 4;
     w->limits.max_age_ns = 1 + below(random, 5000);
     w->limits.max_total_bytes = one_in(random, 3) ? 1 + below(random, 300000) : 1 << 24;
+    if (size->is_about_sessions && one_in(random, 2))
+        w->limits.max_total_bytes = 1 << 24;
     w->is_round = one_in(random, 3);
     if (w->is_round) {
         w->limits.max_bytes = 100 * (1 + below(random, 30));
@@ -1776,6 +2328,14 @@ static world *open_world(uint64_t seed, const scale *size)
     SHIM_REQUIRE(w->fanout != NULL);
     w->fanout->now_ns = w->now_ns;
     w->fanout->pushes = UINT32_MAX - below(random, 20);
+    w->log_first = 1;
+    w->has_sessions = size->is_about_sessions || one_in(random, 2);
+    w->lacking = one_in(random, 3) ? 8 : 500;
+    w->fanout->backlog.limits = (wsf_backlog_limits){
+        one_in(random, 3) ? 1 + below(random, 30) : LETTERS - 60,
+        one_in(random, 6) ? 1 + below(random, 20000) : UINT32_MAX,
+        one_in(random, 6) ? 1 + below(random, 20000) : INT64_MAX / 2,
+    };
     if (size->helpers != 0)
         w->pool = wsf_pool_new(size->helpers);
     for (uint32_t i = 0; i < size->peers; i++)
@@ -1790,6 +2350,7 @@ static void close_world(world *w)
             forget(w, &w->peers[i]);
         free(w->peers[i].expected.data);
         free(w->peers[i].transport.data);
+        free(w->peers[i].unread.data);
     }
     check_world(w);
     for (uint32_t i = 0; i < PINGS; i++)
@@ -1797,7 +2358,7 @@ static void close_world(world *w)
             release_ping(&w->pings[i]);
     for (uint32_t i = 0; i < LETTERS; i++) {
         if (w->letters[i].message != NULL)
-            release_letter(&w->letters[i]);
+            release_letter(w, &w->letters[i]);
         for (uint32_t variant = 0; variant < VARIANTS; variant++)
             free(w->letters[i].encoded[variant].data);
     }
@@ -1818,6 +2379,8 @@ static void close_world(world *w)
 static world *open_plain_world(const scale *size)
 {
     world *w = open_world(0, size);
+    w->has_sessions = false;
+    w->lacking = UINT32_MAX;
     w->limits.max_total_bytes = w->fanout->limits.max_total_bytes = UINT64_MAX / 2;
     for (uint32_t i = 0; i < size->peers; i++) {
         peer *p = &w->peers[i];
@@ -2099,6 +2662,228 @@ static void test_controls(uint64_t seed)
     check_nothing_lives();
 }
 
+/* ---- clients that come back, case by case ------------------------------------------------------------------------- */
+
+static world *open_world_of_sessions(const scale *size, uint32_t policy, uint64_t max_bytes)
+{
+    world *w = open_plain_world(size);
+    w->limits.policy = w->fanout->limits.policy = policy;
+    w->limits.max_bytes = w->fanout->limits.max_bytes = max_bytes;
+    w->limits.low_bytes = w->fanout->limits.low_bytes = max_bytes / 2;
+    w->fanout->backlog.limits = (wsf_backlog_limits){LETTERS, UINT32_MAX, INT64_MAX / 2};
+    for (uint32_t i = 0; i < size->peers; i++)
+        begin_session(w, &w->peers[i]);
+    return w;
+}
+
+/* A message to the first `count` of them. */
+static letter *push_new(world *w, uint32_t count, size_t size)
+{
+    letter *l = new_letter(w, size, NO_KEY);
+    wsf_link *links[8];
+    for (uint32_t i = 0; i < count; i++)
+        links[i] = w->peers[i].link;
+    wsf_fanout_push(w->fanout, links, count, l->frames, 0, 1);
+    must_log(w, l);
+    for (uint32_t i = 0; i < count; i++)
+        must_take(w, &w->peers[i], l, false);
+    release_letter(w, l);
+    return l;
+}
+
+static void come_back_from(world *w, peer *p, uint64_t received)
+{
+    cut(w, p);
+    CHECK(wsf_link_rewind(w->fanout, p->link, received));
+    p->session->handed = p->session->floor = (size_t)received;
+    p->session->received = received;
+    wsf_link *newer = make_link();
+    wsf_link_take_session(w->fanout, newer, p->link);
+    p->facts &= ~(uint32_t)WSF_KEEPS;
+    forget_link(w, p);
+    connect_link(w, p, newer);
+    p->awaits_greeting = true;
+    p->variant = newer->variant = 0;
+    CHECK(wsf_fanout_admit(w->fanout, newer) == WSF_OK);
+    w->links++;
+    p->is_direct = true;
+    open_link(w, p, newer);
+}
+
+/* Whatever happens to a link before it is greeted, the client is sent no message. */
+static void run_greeting_comes_first(const scale *size)
+{
+    world *w = open_world_of_sessions(size, WSF_KEEP, 1000);
+    peer *p = w->peers;
+    ping *g = new_ping(w, 5);
+    push_new(w, 1, 10);
+    ping_one(w, p, g);
+    flush(w, INT64_MAX);
+    CHECK(w->totals.controls == 1 && p->count == 0 && (p->facts & WSF_BEHIND));
+    block(w, p, 3);
+    push_new(w, 1, 10);
+    unblock(w, p);
+    wsf_link_set(w->fanout, p->link, WSF_FRAGMENT);
+    must_set(w, p, WSF_FRAGMENT);
+    wsf_link_clear(w->fanout, p->link, WSF_FRAGMENT);
+    must_clear(w, p, WSF_FRAGMENT);
+    flush(w, INT64_MAX);
+    check_world(w);
+    CHECK(w->totals.messages == 0);
+    greet(w, p);
+    check_world(w);
+    drain(w);
+    CHECK(p->session->received == 2 && !p->awaits_greeting && w->totals.messages == 2);
+    close_world(w);
+}
+
+/* A connection that ends before it is greeted: the next one is. */
+static void run_closed_before_greeting(const scale *size)
+{
+    world *w = open_world_of_sessions(size, WSF_KEEP, 1000);
+    peer *p = w->peers;
+    push_new(w, 1, 10);
+    end_link(w, p);
+    greet(w, p);
+    check_world(w);
+    CHECK(p->count == 0 && p->awaits_greeting);
+    come_back_from(w, p, 0);
+    greet(w, p);
+    drain(w);
+    CHECK(p->session->received == 1);
+    close_world(w);
+}
+
+/* More short messages than are put into an outbox at once, and some that are longer than that may be. */
+static void run_long_absence(const scale *size)
+{
+    world *w = open_world_of_sessions(size, WSF_DISCONNECT, 1000);
+    peer *p = w->peers;
+    for (uint32_t i = 0; i < 2; i++)
+        greet(w, &p[i]);
+    drain(w);
+    cut(w, p);
+    for (uint32_t i = 0; i < 300; i++)
+        push_new(w, 2, i % 100 == 99 ? WSF_JOIN_BYTES : 20);
+    come_back_from(w, p, 0);
+    greet(w, p);
+    CHECK(p->count == 1 + 99 && (p->facts & WSF_BEHIND));
+    push_new(w, 2, 7); /* that comes behind */
+    drain(w);
+    CHECK(p->session->received == 301 && p->session->handed == 301 && !(p->facts & WSF_KEEPS));
+    for (uint32_t i = 0; i < 70; i++)
+        push_new(w, 2, 1);
+    drain(w);
+    for (uint32_t i = 0; i < 3; i++)
+        come_back_from(w, p, 300); /* and breaks before it is greeted, but for the last time */
+    greet(w, p);
+    CHECK(p->count == 1 + 71 && !(p->facts & WSF_BEHIND));
+    drain(w);
+    CHECK(p->session->received == 371 && p[1].session->received == 371);
+    close_world(w);
+}
+
+/* 256 at once. */
+static void run_many_short_ones(const scale *size)
+{
+    world *w = open_world_of_sessions(size, WSF_DISCONNECT, 1000);
+    peer *p = w->peers;
+    for (uint32_t i = 0; i < LETTERS - 10; i++)
+        push_new(w, 1, 0);
+    greet(w, p);
+    CHECK(p->count == 256 && (p->facts & WSF_BEHIND));
+    flush(w, INT64_MAX);
+    CHECK(p->count == LETTERS - 10 - 255 && !(p->facts & WSF_BEHIND));
+    drain(w);
+    CHECK(p->session->received == LETTERS - 10);
+    close_world(w);
+}
+
+/* A client comes back and reads nothing. What is sent once more is not dropped; what comes behind it has its limits. */
+static void run_slow_when_back(const scale *size, uint32_t policy)
+{
+    const uint64_t most = 2000;
+    world *w = open_world_of_sessions(size, policy, most);
+    peer *p = w->peers;
+    for (uint32_t i = 0; i < 5; i++)
+        push_new(w, 1, 100);
+    block(w, p, 1);
+    greet(w, p);
+    check_world(w);
+    const uint64_t again = peer_bytes(p);
+    for (uint32_t i = 0; i < 200; i++) {
+        push_new(w, 1, 100);
+        CHECK(peer_bytes(p) <= (again > most ? again : most) + 110);
+    }
+    check_world(w);
+    CHECK((p->facts & WSF_OPEN) != 0 && p->count > 6 && again_of(p) == 6);
+    unblock(w, p);
+    drain(w);
+    CHECK(p->session->received >= 6 && p->session->received == p->session->handed && w->totals.dropped[WSF_BY_BYTES] > 100);
+    CHECK(p->session->received + w->totals.dropped[WSF_BY_BYTES] == 205);
+    close_world(w);
+}
+
+/* Who is closed while it is behind and its socket takes nothing has something to hand over, until it has had everything. */
+static void run_finished_while_behind(const scale *size)
+{
+    world *w = open_world_of_sessions(size, WSF_DISCONNECT, 100000);
+    peer *p = w->peers;
+    for (uint32_t i = 0; i < 40; i++)
+        push_new(w, 1, 5000);
+    greet(w, p);
+    for (uint32_t i = 0; i < 20 && !(p->facts & WSF_BLOCKED); i++)
+        flush(w, INT64_MAX);
+    CHECK((p->facts & WSF_BLOCKED) && (p->facts & WSF_BEHIND) && p->count != 0);
+    while (p->count != 0)
+        write_frames(w, p, p->count);
+    CHECK(!(p->facts & WSF_BEHIND) && p->session->handed == 40);
+    check_world(w);
+    while (p->transport.size != 0) {
+        (void)far_read(w, p, SIZE_MAX);
+        transport_step(w, p);
+    }
+    drain(w);
+    CHECK(p->session->received == 40);
+    close_world(w);
+}
+
+/* What a client that is back needs is let go before it has been sent: it is given up, and nothing can be said about how long it
+ * has waited. */
+static void run_log_is_too_short(const scale *size)
+{
+    world *w = open_world_of_sessions(size, WSF_KEEP, 1000);
+    peer *p = w->peers;
+    w->fanout->backlog.limits.max_messages = 10;
+    for (uint32_t i = 0; i < 10; i++)
+        push_new(w, 1, 10000);
+    greet(w, p);
+    for (uint32_t i = 0; i < 10; i++)
+        push_new(w, 1, 10000);
+    flush(w, INT64_MAX); /* of the greeting, and of the first; then the next is not there */
+    check_world(w);
+    CHECK((p->facts & WSF_AWAY) && w->report_count == 1 && w->reports[0].what == WSF_TOO_SLOW && w->reports[0].age_s == 0);
+    CHECK(!wsf_link_rewind(w->fanout, p->link, p->session->received));
+    close_world(w);
+}
+
+static void test_sessions(uint64_t seed)
+{
+    static const scale one = {.peers = 1}, two = {.peers = 2}, small = {.peers = 1, .is_small = true};
+    current_seed = seed;
+    make_keys();
+    run_greeting_comes_first(&one);
+    run_closed_before_greeting(&one);
+    run_long_absence(&two);
+    run_many_short_ones(&one);
+    run_slow_when_back(&one, WSF_DROP_OLDEST);
+    run_slow_when_back(&one, WSF_CONFLATE);
+    run_finished_while_behind(&small);
+    run_log_is_too_short(&one);
+    free_keys();
+    check_nothing_lives();
+}
+
 static void test_jobs(uint64_t seed)
 {
     static const scale few = {.peers = 7}, more = {.peers = 80}, crowd = {.peers = 33}, one = {.peers = 1},
@@ -2140,6 +2925,16 @@ static void test_random(uint64_t seed)
     static const scale few = {.peers = 14, .steps = 1500, .is_small = true}, more = {.peers = 70, .steps = 800, .is_small = true};
     for (uint64_t i = 0; i < 2 * WSF_POLICIES; i++)
         run_world(seed * 2 * WSF_POLICIES + i, i < WSF_POLICIES ? &few : &more);
+}
+
+static void test_comings(uint64_t seed)
+{
+    static const scale few = {.peers = 3, .steps = 3000, .is_small = true, .is_about_sessions = true},
+                       fast = {.peers = 3, .steps = 3000, .is_about_sessions = true},
+                       more = {.peers = 20, .steps = 1500, .is_small = true, .is_about_sessions = true};
+    static const scale *const scales[] = {&few, &fast, &more};
+    for (uint64_t i = 0; i < 3 * WSF_POLICIES; i++)
+        run_world(seed * 3 * WSF_POLICIES + i, scales[i / WSF_POLICIES]);
 }
 
 static void test_crowd(uint64_t seed)
@@ -2303,7 +3098,9 @@ int main(int argc, char **argv)
         {"outbox", test_outbox, 2},
         {"jobs", test_jobs, 1},
         {"controls", test_controls, 1},
+        {"sessions", test_sessions, 1},
         {"random", test_random, 2},
+        {"comings", test_comings, 2},
         {"crowd", test_crowd, 2},
         {"pool", test_pool, 1},
         {"fork", test_fork, 2},
