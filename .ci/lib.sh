@@ -33,6 +33,15 @@ pythons() {
     done
 }
 
+# A Chromium for tests/browser, from Debian's package if there is none and we may. Elsewhere, the tests say what is missing.
+chromium_for_tests() {
+    [ -z "$(type -p chromium chromium-browser google-chrome ${WSFAST_CHROMIUM:-})" ] || return 0
+    [ "$(id -u)" = 0 ] && type -p apt-get > /dev/null || return 0
+    mkdir -p .work
+    (apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium) > .work/chromium.log 2>&1 \
+        || { tail -n 30 .work/chromium.log >&2; return 1; }
+}
+
 # A CPython without the GIL: named by WSFAST_FREE_THREADED, on the PATH, or built by the tool beside the tree.
 free_threaded_python() {
     local found
