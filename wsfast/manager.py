@@ -60,7 +60,7 @@ from wsfast.health import HEALTH, Explanation, HealthMonitor, HealthPolicy
 from wsfast.heartbeat import Heartbeat
 from wsfast.metadata import METADATA, Declarations, MetadataLimits, MetadataManager
 from wsfast.reconnect import HERD, Advice, Herd, HerdPolicy, Verdict, verdict_of
-from wsfast.session import SESSIONS, Hello, Session, SessionPolicy, Sessions, Welcome
+from wsfast.session import BAD_HANDSHAKE, SESSIONS, Hello, Session, SessionPolicy, Sessions, Welcome
 
 if TYPE_CHECKING:
     from wsfast._fanout import Link
@@ -313,7 +313,7 @@ class ConnectionManager:
         self._herd = Herd(herd, random, self._now_s())
         self._too_slow = Closed(backpressure.code, backpressure.reason, "us")
         # What we close with where the client may well come back.
-        self._deliberate = _DELIBERATE - {backpressure.code} - ({health.code} if health is not None else set())
+        self._deliberate = _DELIBERATE - {BAD_HANDSHAKE, backpressure.code, health.code if health is not None else 0}
         self._drain = drain
         self._going_away = Closed(drain.code, drain.reason, "us")
         self._state = "not started"
@@ -1175,8 +1175,7 @@ class Attachment:
             self.session.confirm()
 
     def refuse(self, code: int, reason: str) -> None:
-        """The client does not keep to the protocol of resume: close its connection for good."""
-        self.is_final = True
+        """The client does not keep to the protocol of resume: close its connection, which to its session is lost."""
         self.manager._say_farewell(self, Closed(code, reason, "us"))
 
     def may_be(self, record: ConnectionMeta) -> bool:

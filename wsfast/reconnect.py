@@ -1057,8 +1057,12 @@ class Herd:
     def spread_s(self, connections: int) -> float:
         """Over how many seconds so many clients are to spread, should they lose the server: what to tell them in
         advance, as a server that is killed tells nothing. See ``Reconnector.told``.
+
+        Most clients that are lost are lost alone, and cannot know it. So a server with few of them leaves no more room
+        for others than these need themselves: they come back soon.
         """
-        return self.slots(connections).spread_s
+        needed_s = connections / self.policy.accept_rate
+        return needed_s + min(needed_s, self.policy.window_s)
 
     def admit(self, now_s: float) -> float:
         """Somebody has come. Returns 0 if it may come in, else seconds until it is to try again."""

@@ -141,7 +141,7 @@ class TestRestart:
         slots = herd.slots(4)
         assert (slots.connections, slots.accept_rate, slots.window_s, slots.away_s) == (4, 2.0, 2.0, 3.0)
         assert herd.spread_s(4) == slots.spread_s == 4.0
-        assert herd.spread_s(0) == 2.0
+        assert [herd.spread_s(connections) for connections in (0, 1, 2, 100)] == [0.0, 1.0, 2.0, 52.0]
 
     def test_each_is_told_a_slot_of_its_own(self) -> None:
         herd = Herd(POLICY, middle, 100.0)
@@ -154,7 +154,7 @@ class TestRestart:
     def test_all_slots_are_used(self, connections: int, rate: float, seed: int) -> None:
         policy = HerdPolicy(accept_rate=rate, away_s=3.0)
         herd = closing(connections, policy, seed)
-        slot_s = herd.spread_s(connections) / connections
+        slot_s = herd.slots(connections).spread_s / connections
         told = sorted(after_of(herd.farewell(100.0)) for _ in range(connections))
         for number, after_s in enumerate(told):
             assert number * slot_s <= after_s - 3.0 + 1e-6
@@ -237,14 +237,14 @@ class TestRestart:
     def test_a_flood_while_it_restarts_keeps_nobody_away_for_longer(self) -> None:
         herd = closing(100, HerdPolicy(accept_rate=10.0, away_s=3.0, longest_s=60.0))
         told = [herd.admit(100.0) for _ in range(10_000)]
-        assert max(told) <= 60.0 + 3.0 + herd.spread_s(100)
+        assert max(told) <= 60.0 + 3.0 + herd.slots(100).spread_s
 
     @pytest.mark.parametrize("connections", [0, 1])
     def test_few_connections(self, connections: int) -> None:
         herd = closing(connections)
         told = [after_of(herd.farewell(100.0)) for _ in range(connections)]
-        assert all(3.0 <= after_s <= 3.0 + herd.spread_s(connections) for after_s in told)
-        assert after_of(herd.farewell(100.0)) >= 3.0 + herd.spread_s(connections)
+        assert all(3.0 <= after_s <= 3.0 + herd.slots(connections).spread_s for after_s in told)
+        assert after_of(herd.farewell(100.0)) >= 3.0 + herd.slots(connections).spread_s
 
     def test_the_client_understands(self) -> None:
         advice = closing(1000, HERD).farewell(100.0)
