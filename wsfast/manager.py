@@ -60,7 +60,7 @@ from wsfast.health import HEALTH, Explanation, HealthMonitor, HealthPolicy
 from wsfast.heartbeat import Heartbeat
 from wsfast.metadata import METADATA, Declarations, MetadataLimits, MetadataManager
 from wsfast.reconnect import HERD, Advice, Herd, HerdPolicy, Verdict, verdict_of
-from wsfast.session import BAD_HANDSHAKE, SESSIONS, Hello, Session, SessionPolicy, Sessions, Welcome
+from wsfast.session import BAD_HANDSHAKE, SESSIONS, TOO_LATE, Hello, Session, SessionPolicy, Sessions, Welcome
 
 if TYPE_CHECKING:
     from wsfast._fanout import Link
@@ -93,8 +93,8 @@ _LAST_WORDS_S = 10.0
 _EVENTS_GRACE_S = 1.0
 
 # Close codes by which somebody ends a connection for good, all codes of applications among them. What has another one
-# was lost.
-_DELIBERATE = frozenset({1000, 1001, 1005, 1008, 1010, *range(3000, 5000)})
+# was lost; and so was what ends for a handshake that is none, or that did not come in time.
+_DELIBERATE = frozenset({1000, 1001, 1005, 1008, 1010, *range(3000, 5000)}) - {BAD_HANDSHAKE, TOO_LATE}
 
 # What is kept for clients that come back is looked through at least so often within the age that it may reach.
 _LOOKS_PER_KEPT_AGE = 4
@@ -313,7 +313,7 @@ class ConnectionManager:
         self._herd = Herd(herd, random, self._now_s())
         self._too_slow = Closed(backpressure.code, backpressure.reason, "us")
         # What we close with where the client may well come back.
-        self._deliberate = _DELIBERATE - {BAD_HANDSHAKE, backpressure.code, health.code if health is not None else 0}
+        self._deliberate = _DELIBERATE - {backpressure.code, HEALTH.code if health is None else health.code}
         self._drain = drain
         self._going_away = Closed(drain.code, drain.reason, "us")
         self._state = "not started"

@@ -40,6 +40,7 @@ __all__ = [
     "PROTOCOL",
     "READY",
     "SESSIONS",
+    "TOO_LATE",
     "ClientSession",
     "Hello",
     "Resumed",
@@ -65,6 +66,9 @@ READY = '{"wsfast": "ready"}'
 
 BAD_HANDSHAKE = 4400
 """How a server closes a connection whose handshake is none."""
+
+TOO_LATE = 4408
+"""How either side closes a connection on which the other one's part of the handshake does not come in time."""
 
 Data: TypeAlias = str | bytes
 

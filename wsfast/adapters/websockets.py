@@ -68,6 +68,7 @@ from wsfast.errors import (
 from wsfast.session import (
     BAD_HANDSHAKE,
     MOST_CHARACTERS,
+    TOO_LATE,
     inner_offers,
     is_ready,
     read_hello,
@@ -93,9 +94,6 @@ Identify = Callable[[ServerConnection], Keywords | Awaitable[Keywords | None] | 
 
 # RFC 6455, 5.5: a control frame has at most 125 bytes, of which the code takes two.
 _MAX_REASON_BYTES = 123
-
-# How a client is closed that does not say hello in time. It may try again: a slow link is no fault.
-_TOO_LATE = 4408
 
 # Of a client that speaks the protocol of resume: hello and ready.
 _HANDSHAKE_MESSAGES = 2
@@ -404,7 +402,7 @@ async def _hello(ws: ServerConnection, manager: ConnectionManager) -> Hello | No
         async with asyncio.timeout(manager.sessions.hello_timeout_s):
             return read_hello(await ws.recv())
     except TimeoutError:
-        await ws.close(_TOO_LATE, "hello has not come in time")
+        await ws.close(TOO_LATE, "hello has not come in time")
         raise PeerClosed("") from None
 
 
