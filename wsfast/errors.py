@@ -273,8 +273,8 @@ class ClientClosed(WsfastError):
     """A client that reconnects has no connection, and will not have one any more.
 
     Attributes:
-        because: "closed" by the application; "forbidden" by the server, which must not be tried again; or "given up",
-            as its strategy says after so many attempts.
+        because: "closed" by the application; "forbidden" by the server, which must not be tried again; "given up", as
+            its strategy says after so many attempts; "failed", by the exception that is the cause; or "not started".
         code: with which the last connection was closed (RFC 6455, 7.4), or the status that its handshake got (HTTP).
         reason: the text that came with it; may be empty.
     """

@@ -43,6 +43,8 @@ from wsfast import (
     InvalidSetting,
     SessionPolicy,
 )
+from wsfast.client import Connected, State, connect
+from wsfast.reconnect import FullJitter, HerdPolicy, ReconnectPolicy
 from wsfast.session import READY, ClientSession, Hello, Welcome, offers, read_welcome
 
 LIFE = (ConnectionOpened, ConnectionInterrupted, ConnectionResumed, ConnectionClosed)
@@ -978,3 +980,43 @@ async def test_nothing_is_lost_or_doubled_however_often_links_break(seed: int) -
         for each in clients:
             await each.ws.close()
         assert manager.stats()["resumed"] > 10 and manager.stats()["not_resumed"] == 0
+
+
+@pytest.mark.parametrize("seed", range(2))
+async def test_the_client_of_the_package_misses_nothing(seed: int) -> None:
+    weather = Weather(random.Random(seed))
+    given: list[str | bytes] = []
+    states: list[State] = []
+
+    async def handler(ws: ServerConnection) -> None:
+        ws.wsfast.join("all")  # type: ignore[attr-defined]
+        with contextlib.suppress(websockets.ConnectionClosed):
+            async for message in ws:
+                given.append(message)
+
+    at_once = ReconnectPolicy.only(FullJitter(0.001, 0.01))
+    herd = HerdPolicy(accept_rate=1e6, window_s=0)
+    async with ConnectionManager(herd=herd) as manager, serving(handler, manager) as server:
+        async with through(weather, server) as url, connect(url, policy=at_once, on_state=states.append) as client:
+            # So far, the server cannot know that the client has its token.
+            await client.send("known")
+            await until(lambda: given == ["known"])
+            given.clear()
+            sent = [f"{number} {'x' * weather.chance.choice((1, 100, 5000))}" for number in range(300)]
+            got: list[str | bytes] = []
+            for number, message in enumerate(sent):
+                manager.broadcast_nowait(message, group="all")
+                await client.send(str(number))
+                if number % 30 == 0:
+                    weather.strike()
+                    times = len(states)
+                    await until(lambda: isinstance(states[-1], Connected) and len(states) > times)  # noqa: B023
+            weather.is_bad = False
+            async with asyncio.timeout(DEADLINE_S):
+                while len(got) < len(sent):
+                    got.append(await client.recv())
+            await until(lambda: len(given) == len(sent))
+        assert got == sent and given == [str(number) for number in range(300)]
+        connected = [state for state in states if isinstance(state, Connected)]
+        assert len(connected) > 5 and all(state.lost == 0 for state in connected)
+        await until(lambda: len(manager.registry) == 0)
