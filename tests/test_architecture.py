@@ -53,7 +53,17 @@ ALLOWED: dict[str, set[str]] = {
         "session",
     },
     "adapters.websockets": {"errors", "adapters", "session"},
-    "hub": {"errors", "events", "adapters", "adapters.websockets", "delivery", "health", "manager", "reconnect"},
+    "hub": {
+        "errors",
+        "events",
+        "adapters",
+        "adapters.websockets",
+        "delivery",
+        "health",
+        "manager",
+        "reconnect",
+        "session",
+    },
     "demo": {"errors", "hub"},
     "cli": {"", "errors"},
     "__init__": {

@@ -102,6 +102,12 @@ def _uvloop_option(command: Callable[..., None]) -> Callable[..., None]:
     help="Seconds from the signal until a server that restarts is expected to be back.",
 )
 @click.option(
+    "--grace",
+    default=180.0,
+    type=click.FloatRange(min=0),
+    help="Seconds to wait for a client that was cut off and can resume; 0: none.",
+)
+@click.option(
     "--on-term",
     type=click.Choice(["shutdown", "restart"]),
     default="shutdown",
@@ -135,6 +141,7 @@ def _uvloop_option(command: Callable[..., None]) -> Callable[..., None]:
 def serve(
     *,
     ping_interval: float,
+    grace: float,
     drain_timeout: float,
     on_term: Reason,
     stats_interval: float,
@@ -163,7 +170,7 @@ def serve(
     hub_module = _import_extra("wsfast.hub")
 
     async def run() -> None:
-        settings = hub_module.HubSettings(ping_interval_s=ping_interval or None, **options)
+        settings = hub_module.HubSettings(ping_interval_s=ping_interval or None, grace_s=grace or None, **options)
         await _serve(hub_module.Hub(settings), drain_timeout, stats_interval, on_term)
 
     _run(run, use_uvloop)

@@ -76,6 +76,7 @@ from wsfast.events import ConnectionClosed, ConnectionOpened
 from wsfast.health import HealthPolicy
 from wsfast.manager import Connection, ConnectionManager
 from wsfast.reconnect import HerdPolicy
+from wsfast.session import SESSIONS, SessionPolicy
 
 __all__ = ["CannotListen", "Hub", "HubSettings", "Refused", "parse"]
 
@@ -122,6 +123,7 @@ class HubSettings:
             is: ``policy``, ``max_bytes`` and ``max_age_s`` of ``Backpressure``.
         accept_rate: new connections per second that are let in; what comes beyond gets 503. None: all are let in.
         away_s: how long the server is expected to be away when it restarts. See ``HerdPolicy`` for both.
+        grace_s: how long clients are waited for that speak the protocol of resume (docs/resume.md); None: they are not.
         threads: that write to sockets; None: as many as there are cores, but no more than 4.
     """
 
@@ -142,6 +144,7 @@ class HubSettings:
     max_queued_s: float = 30.0
     accept_rate: float | None = None
     away_s: float = 5.0
+    grace_s: float | None = SESSIONS.grace_s
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -192,6 +195,7 @@ class Hub:
             ),
             health=None if settings.ping_interval_s is None else HealthPolicy.every(settings.ping_interval_s),
             herd=_herd_policy(settings),
+            sessions=None if settings.grace_s is None else SessionPolicy(grace_s=settings.grace_s),
             threads=settings.threads,
         )
         self.manager.on(ConnectionOpened, _log_opened)

@@ -18,7 +18,9 @@ from websockets.asyncio.client import ClientConnection
 
 from tests.server.conftest import DEADLINE_S, RawPeer, client, close_of, until
 from wsfast import InvalidSetting
+from wsfast.client import connect
 from wsfast.hub import CannotListen, Hub, HubSettings, Refused, parse
+from wsfast.reconnect import FullJitter, ReconnectPolicy
 
 
 class HubClient:
@@ -467,6 +469,26 @@ json_like = st.one_of(
     st.text('[]{}",:0123456789.eE+-\\utrnfalsNI d8', max_size=60),
     st.text(st.characters(exclude_categories=["Cs"]), max_size=60),
 )
+
+
+async def test_a_client_that_can_resume_misses_nothing(hub: Hub) -> None:
+    policy = ReconnectPolicy.only(FullJitter(0.001, 0.01))
+    async with connected(hub) as other, connect(f"{hub.url}/?client_id=me", policy=policy) as client:
+        assert json.loads(await client.recv())["type"] == "welcome"
+        await client.send('{"type": "join", "group": "g"}')
+        assert json.loads(await client.recv())["type"] == "joined"
+        await other.ask(type="join", group="g")
+        hub.manager.registry["me"].conn.transport.abort()
+        await until(lambda: hub.manager.stats()["interrupted"] == 1)
+        assert (await other.ask(type="publish", group="g", data="hello"))["receivers"] == 1
+        assert json.loads(await client.recv())["data"] == "hello"
+        assert json.loads(await client.recv())["type"] == "welcome"
+
+
+async def test_a_hub_need_not_wait_for_anybody() -> None:
+    async with Hub(HubSettings(port=0, grace_s=None)) as hub, connect(hub.url) as client:
+        assert json.loads(await client.recv())["type"] == "welcome"
+        assert client.client_id is None
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
