@@ -202,6 +202,10 @@ cdef class Link:
     def __repr__(self):
         return f"<Link of {self.record!r}, {self.messages} messages wait>"
 
+    cdef void let_go(self) noexcept:
+        Py_CLEAR(self.held_ws)
+        Py_CLEAR(self.held_record)
+
     cdef Fanout of(self):
         """The fan-out, or None once it has forgotten this link."""
         if self.fanout == NULL:
@@ -307,8 +311,12 @@ cdef class Link:
             owner.passed_on(self, payload, is_text)
 
     def leave(self):
-        if self.of() is not None:
-            Py_CLEAR(self.held_ws)
+        cdef Fanout owner = self.of()
+        if owner is None or self.link.facts & WSF_OPEN:
+            return
+        wsf_link_clear(owner.fanout, self.link, WSF_WAITS)  # its transport goes, with all that it has
+        owner.tell()
+        Py_CLEAR(self.held_ws)
 
     def direct(self, fd):
         cdef int number = fd
@@ -662,12 +670,15 @@ cdef class Fanout:
         self.tell()
         if link.fanout == NULL:  # by whom that told
             return
+        self._forget(link)
+        link.let_go()
+
+    cdef void _forget(self, Link link) noexcept:
+        """The link is closed. No Python code runs."""
         wsf_fanout_forget(self.fanout, link.link)
         link.fanout = NULL
         link.link.record = NULL
         Py_DECREF(link)  # the table's; the caller has another one
-        Py_CLEAR(link.held_ws)
-        Py_CLEAR(link.held_record)
 
     # ---- sessions
 
@@ -675,6 +686,8 @@ cdef class Fanout:
         self._own(link)
         if link.link.cursor != NULL:
             raise ValueError(f"{link!r} has a session already")
+        if not link.link.facts & WSF_OPEN or link.link.outbox.count != 0:
+            raise ValueError(f"{link!r} is closed, or has been sent something")
         if wsf_link_begin_session(self.fanout, link.link) != WSF_OK:
             raise MemoryError
 
@@ -682,24 +695,32 @@ cdef class Fanout:
         cdef uint64_t count = _whole(received, "received", 0)
         cdef Link newer
         self._own(link)
+        if link.link.cursor == NULL:
+            raise ValueError(f"{link!r} has no session")
         record = link.record
         newer = self._new_link(record, variant, keeps_views)
         link.close()
         if link.fanout == NULL or not wsf_link_rewind(self.fanout, link.link, count):
             return None
+        # From here to the end of _admit no Python code runs: nothing can be sent to the record while it has no link.
         wsf_link_take_session(self.fanout, newer.link, link.link)
-        self.forget(link)
+        self._forget(link)
         try:
             self._admit(newer, record, ws)
         except MemoryError:
             wsf_link_end_session(self.fanout, newer.link)
             raise
+        finally:
+            link.let_go()
         return newer
 
     def greet(self, Link link not None, payload, now_ns):
         cdef Message message = self._message(payload, WSF_TEXT, now_ns, None)
         cdef wsf_frame *frame = message.frames[0]
         self._own(link)
+        if link.link.cursor != NULL and link.link.facts & WSF_OPEN and \
+                (not link.link.facts & WSF_BEHIND or link.link.outbox.count != 0):
+            raise ValueError(f"{link!r} has been greeted already")
         self.fanout.now_ns = message.message.created_ns
         message.frames[0] = NULL  # stolen
         if wsf_link_greet(self.fanout, link.link, frame) != WSF_OK:

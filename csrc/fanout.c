@@ -577,7 +577,8 @@ void wsf_fanout_forget(wsf_fanout *fanout, wsf_link *link)
 
 /* ---- limits ------------------------------------------------------------------------------------------------------------- */
 
-/* Since when something waits for a link that waits; INT64_MAX: that cannot be said. A peer that takes a little now and then is blocked anew each time. */
+/* Since when something waits for a link that waits; INT64_MAX: that cannot be said. A peer that takes a little now and then is
+ * blocked anew each time. */
 static int64_t waits_since_ns(wsf_link *link)
 {
     int64_t since_ns = (link->facts & WSF_BLOCKED) ? link->blocked_ns : INT64_MAX;

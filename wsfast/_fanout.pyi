@@ -107,9 +107,10 @@ class Link:
         """Whether it is open and something that was kept has not been sent: what is pushed to it is kept."""
     @property
     def owed(self) -> int:
-        """Messages of its session that are kept for it and were not handed to its connection."""
+        """Messages of its session that are kept for it, and were neither handed to its connection nor put into its
+        outbox to be so."""
     def leave(self) -> None:
-        """It is away: let go of the connection object."""
+        """It is closed, and its transport goes: let go of the connection object, and of what the transport has."""
     def pass_on(self, payload: _bytes, is_text: bool) -> None:
         """The library was told to send this by itself. Where there is a session, that is our business: a message that
         does not pass through here could not be counted, nor sent again."""
@@ -227,13 +228,15 @@ class Fanout:
     def forget(self, link: Link) -> None:
         """Close it, and give up its record and its connection."""
     def begin_session(self, link: Link) -> None:
-        """What is sent to this link from now on can be sent again. It is behind until it is greeted."""
+        """What is sent to this link from now on can be sent again. It is behind until it is greeted. ValueError if it
+        has a session, is closed, or something waits for it."""
     def resume(self, link: Link, ws: Any, variant: int, keeps_views: bool, received: int) -> Link | None:
         """The client of a link, which is closed if it is not, is back, and has been given so many messages since its
         session began. Returns its link, which is behind until it is greeted; None if there is a gap: then nothing has
-        changed, but for what was let go."""
+        changed, but for what was let go. ValueError if the link has no session."""
     def greet(self, link: Link, payload: bytes, now_ns: int) -> None:
-        """Send this text to a new link, before anything else, and counted nowhere; then what was kept."""
+        """Send this text to a new link, before anything else, and counted nowhere; then what was kept. One that is
+        closed is not sent it. ValueError if it has a session and has been greeted."""
     def expire_kept(self, now_ns: int) -> None:
         """Let go of what is kept for too long. (``push`` does so as well.)"""
     @property
