@@ -243,6 +243,7 @@ class Delivery:
         self._events = events
         self._max_message_bytes = max_message_bytes
         self._low_bytes = backpressure.resume_below_bytes
+        self._max_bytes = backpressure.max_bytes
         self._policy = backpressure.policy
         self._look_s = max(_SHORTEST_LOOK_S, backpressure.max_age_s / _LOOKS_PER_AGE)
         self._give_up = give_up
@@ -320,10 +321,14 @@ class Delivery:
             while link.is_open and link.messages and adapter.is_open(ws):
                 if link in self._by_library or adapter.is_fragmenting(ws):
                     return
+                if link.is_behind and link.in_transport > self._max_bytes:
+                    break  # what is kept may be far more; a peer that is so slow does not get all of it
                 data, frames = link.peek(_WRITE_BYTES)
                 link.commit(frames, adapter.write(ws, data))
         except Exception as error:
             self._fail(link, error)
+        if self._fanout.has_reports:
+            self._schedule()
 
     def forget(self, link: Link) -> None:
         """End with a connection. What waits for it is dropped."""
@@ -353,7 +358,7 @@ class Delivery:
     def greet(self, link: Link, text: str) -> None:
         """Send the first text of all to a connection that has a session, and then what is kept for it."""
         self._fanout.greet(link, text.encode(), monotonic_ns())
-        if self._fanout.in_line:
+        if self._fanout.in_line or self._fanout.has_reports:
             self._schedule()
 
     def expire_kept(self) -> bool:

@@ -741,6 +741,55 @@ async def test_a_client_that_catches_up_slowly_gets_everything_in_order(policy: 
         assert stats["too_slow_by_bytes"] == stats["dropped_by_bytes"] == stats["away"] == 0
 
 
+@pytest.mark.parametrize("count", [80, 800])
+async def test_what_was_missed_leaves_before_the_close_of_a_handler_that_returns(count: int, peers: list[Peer]) -> None:
+    backpressure = Backpressure(max_bytes=1_000_000)
+    links: list[Any] = []
+
+    async def handler(ws: ServerConnection) -> None:
+        links.append(link_of(manager, ws.wsfast))  # type: ignore[attr-defined]
+        if len(links) == 1:
+            await ws.wait_closed()
+
+    async with (
+        ConnectionManager(backpressure=backpressure) as manager,
+        serving(handler, manager, compression=None) as url,
+    ):
+        peers.append(peer := Peer(url, compression=None))
+        await peer.connect()
+        peer.cut()
+        await away(manager)
+        for number in range(count):
+            await manager.broadcast(f"{number} {'x' * 10_000}")
+        assert (await peer.connect()).resumed
+        messages = [message async for message in peer.ws]
+        assert peer.ws.close_code == 1000
+        assert [str(message).split()[0] for message in messages] == [str(number) for number in range(len(messages))]
+        # A transport is not given more than may wait for a connection, and one write.
+        assert len(messages) == count if count * 10_010 < backpressure.max_bytes else 100 < len(messages) < count
+        assert links[1].peak_bytes < 1_400_000
+        await until(lambda: len(manager.registry) == 0)
+        # One may have been in its outbox to be the next.
+        assert count - len(messages) - 1 <= manager.stats()["dropped_by_closed"] <= count - len(messages)
+        assert manager.stats()["queued_bytes"] == 0
+
+
+async def test_what_the_transport_of_a_client_that_is_away_had_is_not_held_against_anybody(peers: list[Peer]) -> None:
+    async with ConnectionManager() as manager, room(manager, compression=None) as (url, _):
+        peers.append(peer := Peer(url, compression=None))
+        await peer.connect()
+        (conn,) = manager.registry.values()
+        peer.ws.transport.pause_reading()
+        async with asyncio.timeout(DEADLINE_S):
+            while not link_of(manager, conn).is_waiting:
+                await manager.broadcast("x" * 100_000)
+        peer.cut()
+        await away(manager)
+        stats = manager.stats()
+        # The frame that was begun may be there twice: the transport was given a view of it.
+        assert stats["waiting"] == 0 and stats["kept_bytes"] <= stats["queued_bytes"] < stats["kept_bytes"] + 110_000
+
+
 async def test_a_client_that_was_too_slow_comes_back_and_misses_nothing(peers: list[Peer]) -> None:
     backpressure = Backpressure(max_bytes=100_000)
     async with (
