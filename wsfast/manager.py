@@ -771,6 +771,9 @@ class ConnectionManager:
             return False
         now_s = self._now_s()
         session = self._sessions.find(hello.token, now_s, hello.attempt)
+        overtaken = self._sessions.overtaken(hello.token, hello.attempt) if session is None else None
+        if overtaken is not None:  # nobody is there any more whom a session of its own would be for
+            raise DuplicateConnection(overtaken.owner.record.client_id)
         if session is None or not attachment.may_be(session.owner.record):
             self._not_resumed += 1
             return False

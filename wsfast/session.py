@@ -287,6 +287,7 @@ class Session:
         "_former",
         "_presented",
         "_secret",
+        "_spent",
         "began_s",
         "is_known",
         "key",
@@ -306,6 +307,8 @@ class Session:
         self._secret = self._former = secret
         # Of the former token: the last attempt that was answered.
         self._attempt = 0
+        # The one before the former, and the last attempt with it.
+        self._spent = b"", 0
         self._presented = secret, 0
 
     @property
@@ -319,8 +322,14 @@ class Session:
 
     def confirm(self) -> None:
         """The client has the token: the former one is spent."""
-        self._former, self._attempt = self._secret, 0
+        self._go_on_from(self._secret, 0)
         self.is_known = True
+
+    def _go_on_from(self, secret: bytes, attempt: int) -> None:
+        """The client has this token."""
+        if secret != self._former:
+            self._spent = self._former, self._attempt
+        self._former, self._attempt = secret, attempt
 
     def presented(self, secret: bytes, attempt: int = 0) -> bool:
         """Whether this is the secret of a token that is good, and the attempt is later than those that were answered.
@@ -337,7 +346,16 @@ class Session:
 
     def renew(self, secret: bytes) -> None:
         """There is a new token. The one that was presented last stays good until the client confirms."""
-        (self._former, self._attempt), self._secret = self._presented, secret
+        self._go_on_from(*self._presented)
+        self._secret = secret
+
+    def was_overtaken(self, secret: bytes, attempt: int) -> bool:
+        """Whether this is a hello of a connection that the client had given up when it sent another one, which was
+        answered."""
+        return any(
+            hmac.compare_digest(known, secret) and 0 < attempt <= last
+            for known, last in ((self._former, self._attempt), self._spent)
+        )
 
 
 class Sessions:
@@ -380,14 +398,24 @@ class Sessions:
         Nothing has changed then: the caller may still refuse. :meth:`resume` must follow before anything else is looked
         for, as it goes on from the token that was found last.
         """
-        if not _TOKEN.fullmatch(token):
-            return None
-        key_and_secret = base64.urlsafe_b64decode(token + "=")
-        session = self._sessions.get(key_and_secret[:_ID_BYTES])
-        if session is None or not session.presented(key_and_secret[_ID_BYTES:], attempt):
+        session, secret = self._of(token)
+        if session is None or not session.presented(secret, attempt):
             return None
         is_due = session in self._away and self._away[session] <= now_s
         return None if is_due or now_s - session.began_s > self.policy.lifetime_s else session
+
+    def overtaken(self, token: str, attempt: int) -> Session | None:
+        """The session for which a hello with this token came too late, see ``Session.was_overtaken``; None: there is
+        none."""
+        session, secret = self._of(token)
+        return session if session is not None and session.was_overtaken(secret, attempt) else None
+
+    def _of(self, token: str) -> tuple[Session | None, bytes]:
+        """The session that a token names, and the secret that is to prove the right to it."""
+        if not _TOKEN.fullmatch(token):
+            return None, b""
+        key_and_secret = base64.urlsafe_b64decode(token + "=")
+        return self._sessions.get(key_and_secret[:_ID_BYTES]), key_and_secret[_ID_BYTES:]
 
     def resume(self, session: Session) -> None:
         """Its client is back with the token that was found, and is to be given a new one."""

@@ -685,7 +685,7 @@ class TestPolicy:
                 SessionPolicy(**{name: value})
         for value in ("1", None, [1]):
             with pytest.raises(TypeError):
-                SessionPolicy(**{name: value})  # type: ignore[arg-type]
+                SessionPolicy(**{name: value})
 
     @pytest.mark.parametrize("name", ["max_away", "max_messages", "max_bytes"])
     def test_limits(self, name: str) -> None:
@@ -693,7 +693,7 @@ class TestPolicy:
             assert getattr(SessionPolicy(**{name: value}), name) == value
         for value in (0, -1, 2**63, 1.0, 1.5, NAN, INF, "1", None):
             with pytest.raises(InvalidSetting, match=f"sessions.{name} must be a whole number from 1, not "):
-                SessionPolicy(**{name: value})  # type: ignore[arg-type]
+                SessionPolicy(**{name: value})
 
 
 # ---- the client's side -----------------------------------------------------------------------------------------------

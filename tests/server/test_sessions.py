@@ -411,6 +411,30 @@ async def test_a_client_takes_over_from_a_connection_that_looks_alive(
         assert len(manager.registry) == 1
 
 
+async def test_a_hello_that_was_overtaken_takes_nothing_from_anybody(
+    manager: ConnectionManager, peers: list[Peer]
+) -> None:
+    def identify(_: ServerConnection) -> dict[str, Any]:
+        return {"client_id": "ann", "on_duplicate": "replace"}
+
+    async with room(manager, identify=identify) as (url, given):
+        peers.append(peer := Peer(url))
+        await peer.connect()
+        peer.cut()
+        await until(lambda: len(manager.registry) == 0 or manager.stats()["away"] == 1)
+        late = peer.session.hello()  # to a connection that is given up then
+        assert (await peer.connect()).resumed
+        for is_ready in (False, True):
+            if is_ready:
+                await peer.send("ready")
+                await until(lambda: given == ["ready"])
+            ws = await client(url, subprotocols=offers())
+            await ws.send(late)
+            assert (await close_of(ws))[0] == 1008
+        await manager.send("ann", "still here")
+        assert await peer.receive(1) == ["still here"]
+
+
 async def test_two_that_have_the_same_token_do_not_both_get_the_session(
     manager: ConnectionManager, peers: list[Peer]
 ) -> None:
