@@ -210,6 +210,14 @@ def test_a_restart_tells_clients_when_to_come_back(number: int, arguments: list[
         assert advice is None
 
 
+@pytest.fixture(autouse=True)
+def _hangups_are_as_by_default() -> Iterator[None]:
+    """Whoever runs the tests may ignore them, and what is started here inherits that."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def test_a_hangup_does_not_end_a_drain() -> None:
     with serving("--drain-timeout", "2") as (server, url):
         host, port = url.removeprefix("ws://").split(":")

@@ -104,7 +104,7 @@ class TestRestart:
         closed = Seen(manager, ConnectionClosed)
         async with manager, serving(park, manager) as url, clients_of(url, manager, 100) as clients:
             await until(lambda: len(manager.registry) == 100)
-            assert manager.reconnect.spread_s(100) == 7.0
+            assert manager.reconnect.spread_s(100) == 4.0
             report = await manager.close(reason="restart")
             closes = [await close_of(ws) for ws in clients]
         assert (report.connections, report.cut_off) == (100, 0)
