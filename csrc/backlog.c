@@ -1,8 +1,6 @@
 /* Logs that many clients share, and what each has been sent of them; see backlog.h. */
 #include "backlog.h"
 
-/* Runs that are looked through for the one to extend. Who gets messages of more logs in turn has shorter runs. */
-#define LOOKED_THROUGH 64
 /* What an entry costs besides its frame. */
 #define ENTRY_BYTES (sizeof(wsf_message) + sizeof(wsf_frame *) + sizeof(wsf_log *))
 
@@ -222,7 +220,7 @@ static void prune(wsf_backlog *backlog, wsf_cursor *cursor)
         cursor->is_broken |= gone > run->taken;
         run->first += gone;
         run->count -= gone;
-        run->taken = gone < run->taken ? run->taken - gone : 0;
+        run->taken = gone < run->taken ? run->taken - gone : 0; /* what is next stays so, unless it is broken */
     }
     close_gaps(backlog, cursor);
 }
@@ -245,13 +243,16 @@ static uint64_t number_at(const wsf_run *run, uint32_t at)
     return (*entry_at(run->log, (uint32_t)(run->first - run->log->first) + at))->message->log_number;
 }
 
-/* The run with the next message that was not handed, and the number before which no other run has one; NULL if there is none,
- * or it was let go. */
-static wsf_run *next_run(wsf_cursor *cursor, uint64_t *before_number)
+static void note_next(wsf_run *run)
+{
+    if (run->taken < run->count)
+        run->next_number = number_at(run, run->taken);
+}
+
+/* The run with the next message that was not handed; NULL if there is none, or it was let go. */
+static wsf_run *next_run(const wsf_backlog *backlog, wsf_cursor *cursor)
 {
     wsf_run *next = NULL;
-    uint64_t number = UINT64_MAX;
-    *before_number = UINT64_MAX;
     while (cursor->low < cursor->count && cursor->runs[cursor->low].taken == cursor->runs[cursor->low].count)
         cursor->low++;
     if (cursor->low == cursor->count || cursor->is_broken)
@@ -259,32 +260,20 @@ static wsf_run *next_run(wsf_cursor *cursor, uint64_t *before_number)
     uint32_t era = cursor->runs[cursor->low].era;
     for (uint32_t i = cursor->low; i < cursor->count && cursor->runs[i].era == era; i++) {
         wsf_run *run = &cursor->runs[i];
-        if (run->from_number > number) { /* and so have all that follow */
-            *before_number = run->from_number < *before_number ? run->from_number : *before_number;
+        if (next != NULL && run->from_number > next->next_number) /* and so have all that follow */
             break;
-        }
-        if (run->taken == run->count)
-            continue;
-        if (gone_of(run) > run->taken) {
-            cursor->is_broken = 1;
-            return NULL;
-        }
-        uint64_t its = number_at(run, run->taken);
-        if (its < number) {
-            *before_number = number;
-            number = its;
+        if (run->taken != run->count && (next == NULL || run->next_number < next->next_number))
             next = run;
-        } else if (its < *before_number) {
-            *before_number = its;
-        }
     }
-    return next;
+    if (next->next_number >= backlog->first_number)
+        return next;
+    cursor->is_broken = 1;
+    return NULL;
 }
 
-wsf_frame *wsf_cursor_peek(wsf_cursor *cursor)
+wsf_frame *wsf_cursor_peek(const wsf_backlog *backlog, wsf_cursor *cursor)
 {
-    uint64_t before_number;
-    wsf_run *run = next_run(cursor, &before_number);
+    wsf_run *run = next_run(backlog, cursor);
     if (run == NULL)
         return NULL;
     cursor->last = (uint32_t)(run - cursor->runs);
@@ -293,14 +282,16 @@ wsf_frame *wsf_cursor_peek(wsf_cursor *cursor)
 
 void wsf_cursor_take(wsf_cursor *cursor)
 {
-    cursor->runs[cursor->last].taken++;
+    wsf_run *run = &cursor->runs[cursor->last];
+    run->taken++;
+    note_next(run);
     cursor->handed++;
 }
 
-/* How many entries of a run, from those on that were not handed, have numbers before this one. */
+/* How many entries of a run have numbers before this one. Those that are taken do. */
 static uint32_t count_before(const wsf_run *run, uint64_t number)
 {
-    uint32_t low = run->taken, high = run->count;
+    uint32_t low = run->taken, high = run->from_number < number ? run->count : low;
     while (low < high) {
         uint32_t middle = low + (high - low) / 2;
         if (number_at(run, middle) < number)
@@ -308,28 +299,52 @@ static uint32_t count_before(const wsf_run *run, uint64_t number)
         else
             high = middle;
     }
-    return low - run->taken;
+    return low;
+}
+
+/* Take the first so many entries, which is not all, of runs of one era. They may be very many, and the loop waits: it does not
+ * go through them one by one. */
+static void take_first(const wsf_backlog *backlog, wsf_run *runs, uint32_t count, uint64_t messages)
+{
+    /* No more than that have numbers before `low`, and more than that before `high`. */
+    uint64_t low = backlog->first_number, high = low + backlog->count;
+    while (high - low > 1) {
+        uint64_t middle = low + (high - low) / 2, before = 0;
+        for (uint32_t i = 0; i < count; i++)
+            before += runs[i].before = count_before(&runs[i], middle);
+        if (before > messages) {
+            high = middle;
+            continue;
+        }
+        low = middle;
+        for (uint32_t i = 0; i < count; i++)
+            runs[i].taken = runs[i].before;
+    }
 }
 
 /* Of what is kept, let go of the first so many. They are there. */
 static void let_go_of_first(wsf_backlog *backlog, wsf_cursor *cursor, uint64_t messages)
 {
-    uint64_t before_number;
-    wsf_run *run;
+    wsf_run *runs = cursor->runs;
     for (uint32_t i = 0; i < cursor->count; i++)
-        cursor->runs[i].taken = 0;
-    cursor->low = 0;
-    while (messages != 0 && (run = next_run(cursor, &before_number)) != NULL) {
-        uint32_t together = before_number == UINT64_MAX ? run->count - run->taken : count_before(run, before_number);
-        together = together < messages ? together : (uint32_t)messages;
-        run->taken += together;
-        messages -= together;
+        runs[i].taken = 0;
+    for (uint32_t i = 0, end; i < cursor->count && messages != 0; i = end) {
+        uint64_t kept = 0;
+        for (end = i; end < cursor->count && runs[end].era == runs[i].era; end++)
+            kept += runs[end].count;
+        if (messages < kept) {
+            take_first(backlog, &runs[i], end - i, messages);
+            break;
+        }
+        messages -= kept;
+        for (; i < end; i++)
+            runs[i].taken = runs[i].count;
     }
     for (uint32_t i = 0; i < cursor->count; i++) {
-        run = &cursor->runs[i];
-        run->first += run->taken;
-        run->count -= run->taken;
-        run->taken = 0;
+        runs[i].first += runs[i].taken;
+        runs[i].count -= runs[i].taken;
+        runs[i].taken = 0;
+        note_next(&runs[i]);
     }
     close_gaps(backlog, cursor);
 }
@@ -371,8 +386,9 @@ static uint32_t find_run(const wsf_cursor *cursor, const wsf_message *message)
 {
     if (cursor->last < cursor->count && continues(cursor, &cursor->runs[cursor->last], message))
         return cursor->last;
-    uint32_t least = cursor->count > LOOKED_THROUGH ? cursor->count - LOOKED_THROUGH : 0;
-    for (uint32_t i = cursor->count; i-- > least && cursor->runs[i].era == cursor->era;)
+    if (message->log_place == 0) /* of a new log */
+        return NO_RUN;
+    for (uint32_t i = cursor->count; i-- > 0 && cursor->runs[i].era == cursor->era;)
         if (cursor->runs[i].log == message->log)
             return continues(cursor, &cursor->runs[i], message) ? i : NO_RUN;
     return NO_RUN;
@@ -387,7 +403,8 @@ static uint32_t run_for(wsf_backlog *backlog, wsf_cursor *cursor, const wsf_mess
     if (at != NO_RUN || make_room_for_run(backlog, cursor) != WSF_OK)
         return at;
     at = cursor->count++;
-    cursor->runs[at] = (wsf_run){message->log, message->log_place, message->log_number, 0, 0, cursor->era};
+    cursor->runs[at] = (wsf_run){
+        .log = message->log, .first = message->log_place, .from_number = message->log_number, .era = cursor->era};
     message->log->runs++;
     return at;
 }
@@ -401,8 +418,11 @@ void wsf_cursor_add(wsf_backlog *backlog, wsf_cursor *cursor, const wsf_message 
         wsf_cursor_clear(backlog, cursor);
         return;
     }
-    cursor->runs[at].count++;
-    cursor->runs[at].taken += is_handed != 0;
+    wsf_run *run = &cursor->runs[at];
+    if (run->taken == run->count)
+        run->next_number = message->log_number;
+    run->count++;
+    run->taken += is_handed != 0;
     cursor->last = at;
     cursor->low = at < cursor->low ? at : cursor->low;
 }
@@ -451,12 +471,13 @@ void wsf_cursor_check(const wsf_backlog *backlog, const wsf_cursor *cursor)
         WSF_ASSERT(run->first + run->count <= run->log->first + run->log->count);
         WSF_ASSERT(before == NULL || before->era < run->era || before->from_number < run->from_number);
         WSF_ASSERT(i >= cursor->low || run->taken == run->count);
+        WSF_ASSERT(run->taken == run->count || run->next_number < backlog->first_number ||
+                   run->next_number == number_at(run, run->taken));
         taken += run->taken;
         kept += run->count;
     }
     WSF_ASSERT(kept <= cursor->recorded && taken <= cursor->handed);
     WSF_ASSERT(cursor->is_broken || kept - taken == cursor->recorded - cursor->handed);
-    (void)backlog;
 }
 #else
 void wsf_backlog_check(const wsf_backlog *backlog) { (void)backlog; }

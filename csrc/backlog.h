@@ -25,7 +25,7 @@
 #include "frame.h"
 #include "table.h"
 
-/* A run is 40 bytes. A client with more of them gets messages of too many logs, or misses too many, to be kept up with. */
+/* A run is 48 bytes. A client with more of them gets messages of too many logs, or misses too many, to be kept up with. */
 #define WSF_MAX_RUNS 1024
 
 typedef struct wsf_log {
@@ -56,9 +56,11 @@ typedef struct {
     wsf_log *log;
     uint64_t first;       /* place in the log */
     uint64_t from_number; /* that the first had once: none of the run's is smaller */
+    uint64_t next_number; /* of the first that was not handed, if there is one */
     uint32_t count;
     uint32_t taken; /* of them, that were handed */
     uint32_t era;
+    uint32_t before; /* of them, that have numbers before some other; while they are counted */
 } wsf_run;
 
 typedef struct {
@@ -85,7 +87,7 @@ void wsf_backlog_expire(wsf_backlog *backlog, int64_t now_ns);
 /* Note that this message, the next one, was handed to the connection, or is kept for later. */
 void wsf_cursor_add(wsf_backlog *backlog, wsf_cursor *cursor, const wsf_message *message, int is_handed);
 /* The next one that was not handed, borrowed; NULL if there is none, or if the cursor is broken. */
-wsf_frame *wsf_cursor_peek(wsf_cursor *cursor);
+wsf_frame *wsf_cursor_peek(const wsf_backlog *backlog, wsf_cursor *cursor);
 /* That one is handed. Nothing else has happened to the cursor since. */
 void wsf_cursor_take(wsf_cursor *cursor);
 /* The client has been given so many messages since the beginning: these are let go, and those that follow are not handed.

@@ -397,7 +397,7 @@ static void refill(wsf_fanout *fanout, wsf_link *link)
     wsf_frame *frame;
     if (!(link->facts & WSF_BEHIND))
         return;
-    while ((frame = wsf_cursor_peek(link->cursor)) != NULL) {
+    while ((frame = wsf_cursor_peek(&fanout->backlog, link->cursor)) != NULL) {
         if (outbox->count == MAX_AGAIN || (outbox->count != 0 && outbox->bytes + frame->size > WSF_JOIN_BYTES))
             return;
         if (wsf_outbox_push(outbox, &fanout->account, frame, WSF_AGAIN) != WSF_OK)

@@ -240,8 +240,8 @@ static void record(world *w, client *c, uint32_t number, bool is_handed, bool fa
 /* Returns whether there was one more. */
 static bool take_next(const world *w, client *c)
 {
-    wsf_frame *frame = wsf_cursor_peek(&c->cursor);
-    CHECK(wsf_cursor_peek(&c->cursor) == frame);
+    wsf_frame *frame = wsf_cursor_peek(&w->backlog, &c->cursor);
+    CHECK(wsf_cursor_peek(&w->backlog, &c->cursor) == frame);
     if (frame == NULL) {
         CHECK(c->handed == c->count || (c->cursor.is_broken && (c->may_forget || reach(w, c) > c->handed)));
         return false;
@@ -597,10 +597,37 @@ static void run_nothing_is_kept(uint64_t seed)
     close_world(w);
 }
 
+/* Messages of many logs in turn: one run for each log, however long it goes on. */
+static void run_many_logs(uint64_t seed)
+{
+    enum { KEYS = 300 };
+    world *w = open_world(seed, &roomy, 2);
+    client *present = &w->clients[0], *away = &w->clients[1];
+    for (uint32_t i = 0; i < 7000; i++) {
+        uint32_t number = make_message(w, 4);
+        add(w, 1 + (i < KEYS ? i : below(&w->random, KEYS)), number, 0, false);
+        record(w, present, number, true, false);
+        record(w, away, number, false, false);
+    }
+    CHECK(present->cursor.count == KEYS && away->cursor.count == KEYS);
+    for (uint32_t received = 0; received <= 7000; received += 70) {
+        CHECK(rewind_to(w, present, received));
+        for (uint32_t i = 0; i < 100 && take_next(w, present); i++)
+            ;
+        wsf_cursor_check(&w->backlog, &present->cursor);
+    }
+    while (take_next(w, away))
+        ;
+    CHECK(away->handed == 7000 && present->handed == 7000);
+    check_world(w);
+    close_world(w);
+}
+
 static void test_cases(uint64_t seed)
 {
     run_room_without_memory(seed);
     run_pushed_again(seed);
+    run_many_logs(seed);
     run_costs_nothing(seed);
     run_nothing_is_kept(seed);
 }
