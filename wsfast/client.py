@@ -242,7 +242,8 @@ def connect(
         resume: whether to offer the protocol of resume.
         queue: how much is kept in memory.
         on_state: called with every ``State``. A plain function is called as it comes about; an ``async def`` one in a
-            task of its own, one call after the other. What it raises is logged and counted.
+            task of its own, one call after the other; at the end, that task has ``close_timeout`` left. What a callback
+            raises is logged and counted.
         wait_connected: whether to begin with a connection, however long that takes, or at once.
         budget, history: see ``wsfast.reconnect``; a budget may be shared with other clients.
         random, clock: what decides about waits; the clock returns seconds and does not go back.
