@@ -66,6 +66,7 @@ from wsfast.reconnect import (
     ReconnectPolicy,
     RetryBudget,
     Verdict,
+    check_close,
     verdict_of,
 )
 from wsfast.session import BAD_HANDSHAKE, READY, TOO_LATE, ClientSession, offers, read_welcome, split_subprotocol
@@ -431,14 +432,6 @@ def _copied(message: DataLike) -> Data:
     raise TypeError(f"a message must be str or bytes-like, not {type(message).__name__}")
 
 
-def _check_close(code: int, reason: str) -> None:
-    """Raise unless an endpoint may send this in a close frame (RFC 6455, 7.4; the registry of IANA up to 1014)."""
-    if not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):
-        raise InvalidSetting("code", code, "1000 to 1003, 1007 to 1014, or 3000 to 4999")
-    if len(reason.encode()) > 123:
-        raise InvalidSetting("reason", reason, "at most 123 bytes in UTF-8")
-
-
 # ---- the client ------------------------------------------------------------------------------------------------------
 
 
@@ -577,7 +570,7 @@ class Client:
         Raises:
             InvalidSetting: *code* or *reason* cannot go into a close frame.
         """
-        _check_close(code, reason)
+        check_close(code, reason)
         await self._stop(_Parting(code, reason, self._dialer.close_timeout_s))
 
     async def _stop(self, parting: _Parting) -> None:

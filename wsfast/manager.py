@@ -59,7 +59,7 @@ from wsfast.events import (
 from wsfast.health import HEALTH, Explanation, HealthMonitor, HealthPolicy
 from wsfast.heartbeat import Heartbeat
 from wsfast.metadata import METADATA, Declarations, MetadataLimits, MetadataManager
-from wsfast.reconnect import HERD, Advice, Herd, HerdPolicy, Verdict, verdict_of
+from wsfast.reconnect import HERD, Advice, Herd, HerdPolicy, Verdict, check_close, verdict_of
 from wsfast.session import BAD_HANDSHAKE, SESSIONS, TOO_LATE, Hello, Session, SessionPolicy, Sessions, Welcome
 
 if TYPE_CHECKING:
@@ -152,14 +152,6 @@ _REGISTRIES: dict[str, tuple[Any, type]] = {
 }
 
 
-def _check_close(code: int, reason: str) -> None:
-    """Raise unless an endpoint may send this in a close frame (RFC 6455, 7.4; the registry of IANA up to 1014)."""
-    if not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):
-        raise InvalidSetting("code", code, "1000 to 1003, 1007 to 1014, or 3000 to 4999")
-    if len(reason.encode()) > 123:
-        raise InvalidSetting("reason", reason, "at most 123 bytes in UTF-8")
-
-
 @dataclass(frozen=True, slots=True)
 class DrainPolicy:
     """How a manager that closes sends its connections away.
@@ -177,7 +169,7 @@ class DrainPolicy:
     pause_s: float = 0.01
 
     def __post_init__(self) -> None:
-        _check_close(self.code, self.reason)
+        check_close(self.code, self.reason)
         if self.batch < 1:
             raise InvalidSetting("drain.batch", self.batch, "1 or more")
         if not self.pause_s >= 0:
@@ -275,9 +267,9 @@ class ConnectionManager:
     ) -> None:
         if max_message_bytes < 1:
             raise InvalidSetting("max_message_bytes", max_message_bytes, "1 or more")
-        _check_close(backpressure.code, backpressure.reason)
+        check_close(backpressure.code, backpressure.reason)
         if health is not None:
-            _check_close(health.code, health.reason)
+            check_close(health.code, health.reason)
         if isinstance(registry, str):
             registry = _make_registry(
                 registry,
@@ -574,7 +566,7 @@ class ConnectionManager:
             ForeignRecord, ManagerClosed, WrongThread.
         """
         self._check("disconnect")
-        _check_close(code, reason)
+        check_close(code, reason)
         record = self._resolve(target)
         if record in self._away:
             self._end_away(self._away[record], Closed(code, reason, "us"))

@@ -73,6 +73,7 @@ __all__ = [
     "Slots",
     "TokenBucket",
     "Verdict",
+    "check_close",
     "verdict_of",
 ]
 
@@ -343,6 +344,15 @@ def verdict_of(code: int) -> Verdict:
     if at < 0 or code > CLOSE_CODES[at].last:
         return Verdict.NORMAL
     return CLOSE_CODES[at].verdict
+
+
+def check_close(code: int, reason: str) -> None:
+    """Raise InvalidSetting unless an endpoint may send this in a close frame (RFC 6455, 7.4; the registry of IANA up to
+    1014)."""
+    if not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):
+        raise InvalidSetting("code", code, "1000 to 1003, 1007 to 1014, or 3000 to 4999")
+    if len(reason.encode()) > _MOST_REASON_BYTES:
+        raise InvalidSetting("reason", reason, f"at most {_MOST_REASON_BYTES} bytes in UTF-8")
 
 
 # ---- what the server tells -------------------------------------------------------------------------------------------
