@@ -660,9 +660,9 @@ void wsf_fanout_shed(wsf_fanout *fanout)
     qsort(fanout->waiting, count, sizeof *fanout->waiting, by_bytes_down);
     for (uint32_t i = 0; i < count; i++)
         fanout->waiting[i]->waiting_at = i;
-    for (uint32_t i = 0; drops && i < count && WSF_ADD64(&fanout->account, 0) > enough; i++)
+    for (uint32_t i = 0; drops && i < count && wsf_fanout_judged(fanout) > enough; i++)
         (void)drop_all(fanout, fanout->waiting[i], WSF_BY_BUDGET);
-    for (uint32_t i = 0; i < count && WSF_ADD64(&fanout->account, 0) - leaving > enough; i++) {
+    for (uint32_t i = 0; i < count && wsf_fanout_judged(fanout) - leaving > enough; i++) {
         wsf_link *link = fanout->waiting[i];
         if (wsf_link_bytes(link) == 0)
             continue;

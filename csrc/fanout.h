@@ -114,7 +114,7 @@ typedef struct {
     uint32_t policy;
     uint64_t max_bytes, low_bytes; /* of one link */
     int64_t max_age_ns;
-    uint64_t max_total_bytes; /* of `account` */
+    uint64_t max_total_bytes; /* of `account`, but for what logs keep, which has limits of its own */
 } wsf_limits;
 
 typedef struct {
@@ -274,9 +274,13 @@ void wsf_link_fail(wsf_fanout *fanout, wsf_link *link, uint32_t frames);
 void wsf_fanout_expire(wsf_fanout *fanout);
 /* Make all outboxes together fit max_total_bytes, worst first. */
 void wsf_fanout_shed(wsf_fanout *fanout);
+static inline int64_t wsf_fanout_judged(wsf_fanout *fanout)
+{
+    return WSF_ADD64(&fanout->account, 0) - (int64_t)fanout->backlog.bytes;
+}
 static inline int wsf_fanout_is_over(wsf_fanout *fanout)
 {
-    return (uint64_t)WSF_ADD64(&fanout->account, 0) > fanout->limits.max_total_bytes;
+    return wsf_fanout_judged(fanout) > (int64_t)fanout->limits.max_total_bytes;
 }
 
 /* Debug build: abort with a message if an invariant of the lines, the links or their outboxes is broken; not between plan

@@ -192,7 +192,7 @@ class Fanout:
         policy: one of ``POLICIES``.
         max_bytes, low_bytes: of one connection: the most that may wait, and where dropping ends.
         max_age_ns: how long it may wait.
-        max_total_bytes: of everything that is kept.
+        max_total_bytes: of everything that is kept, but for what has the next three limits.
         kept_messages, kept_bytes, kept_age_ns: of what is kept for links with a session.
         helpers: threads that help to send; they start with the first flush of 64 connections or more.
         clock: for what adapters tell; None for the system's.

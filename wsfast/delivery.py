@@ -120,7 +120,8 @@ class Backpressure:
             share of ``max_bytes``.
         max_total_bytes: that all connections of the manager may make it keep: frames, each counted once however many
             outboxes it is in; the outboxes; and what transports have copied. Beyond it, those for whom most waits lose
-            what waits, or are disconnected if the policy drops nothing or if that is not enough.
+            what waits, or are disconnected if the policy drops nothing or if that is not enough. What is kept for
+            clients that may come back has limits of its own (``SessionPolicy``) and is not counted here.
         code, reason: of the close frame. 1013 is "try again later". When that is, stands behind the reason, if the code
             is one after which clients come back; see ``HerdPolicy``.
 

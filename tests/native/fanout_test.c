@@ -1194,7 +1194,8 @@ static void check_world(world *w)
     CHECK(wsf_live[WSF_LIVE_MESSAGE] == messages && wsf_live[WSF_LIVE_FRAME] == frames);
     CHECK(wsf_live[WSF_LIVE_LINK] == w->links && w->fanout->links.used == w->links);
     CHECK(w->fanout->account == expected_account(w));
-    CHECK(wsf_fanout_is_over(w->fanout) == ((uint64_t)w->fanout->account > w->limits.max_total_bytes));
+    CHECK(wsf_fanout_is_over(w->fanout) ==
+          ((int64_t)w->limits.max_total_bytes < w->fanout->account - (int64_t)w->log_bytes));
     CHECK(w->fanout->waiting_count == w->waiting_count);
     CHECK(memcmp(&w->fanout->totals, &w->totals, sizeof w->totals) == 0);
     check_order(&w->fanout->line, w->line, w->line_count);
@@ -2006,7 +2007,7 @@ static void must_shed_as_found(world *w, uint32_t waiting, bool drops, uint32_t 
         if (!is_enough)
             (void)must_drop(w, p, 0, INT64_MAX, WSF_BY_BUDGET, NULL);
     }
-    for (uint32_t i = 0, given_up = 0; i < waiting; i++) {
+    for (uint32_t i = 0; i < waiting; i++) {
         peer *p = w->order[i];
         for (uint32_t at = reports; at < w->fanout->report_count; at++) {
             const wsf_report *r = &w->fanout->reports[at];
@@ -2014,10 +2015,8 @@ static void must_shed_as_found(world *w, uint32_t waiting, bool drops, uint32_t 
                 continue;
             CHECK(!is_enough && r->cause == WSF_BY_BUDGET && peer_bytes(p) != 0);
             must_give_up(w, p, WSF_BY_BUDGET);
-            given_up++;
             break;
         }
-        (void)given_up;
     }
 }
 
@@ -2028,7 +2027,7 @@ static void shed(world *w)
     const uint32_t reports = w->report_count;
     uint32_t waiting = w->waiting_count;
     bool is_over = wsf_fanout_is_over(w->fanout);
-    CHECK(is_over == ((uint64_t)expected_account(w) > most));
+    CHECK(is_over == (expected_account(w) - (int64_t)w->log_bytes > (int64_t)most));
     wsf_fanout_shed(w->fanout);
     if (!is_over)
         return;

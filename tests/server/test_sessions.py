@@ -798,6 +798,32 @@ async def test_what_was_missed_leaves_before_the_close_of_a_handler_that_returns
         assert manager.stats()["queued_bytes"] == 0
 
 
+async def test_what_is_kept_for_clients_that_are_away_is_not_held_against_those_who_are_slow(peers: list[Peer]) -> None:
+    backpressure = Backpressure(max_total_bytes=2_000_000)
+    async with (
+        ConnectionManager(backpressure=backpressure) as manager,
+        room(manager, compression=None) as (url, _),
+        client(url, compression=None) as slow,
+    ):
+        (record,) = manager.registry.values()
+        peers.append(peer := Peer(url, compression=None))
+        welcome = await peer.connect()
+        peer.cut()
+        await away(manager)
+        slow.transport.pause_reading()
+        async with asyncio.timeout(DEADLINE_S):
+            while not link_of(manager, record).is_waiting:
+                await manager.broadcast("x" * 10_000, to=[record])
+        for number in range(300):
+            await manager.broadcast(f"{number} {'x' * 10_000}", to=[welcome.client_id])
+        stats = manager.stats()
+        assert stats["kept_bytes"] > 3_000_000 and stats["too_slow_by_budget"] == 0
+        assert link_of(manager, record).is_open
+        slow.transport.abort()
+        assert (await peer.connect()).resumed
+        assert len(await peer.receive(300)) == 300
+
+
 async def test_what_the_transport_of_a_client_that_is_away_had_is_not_held_against_anybody(peers: list[Peer]) -> None:
     async with ConnectionManager() as manager, room(manager, compression=None) as (url, _):
         peers.append(peer := Peer(url, compression=None))
