@@ -403,7 +403,7 @@ cdef class Link:
             size += frame.size
             frames += 1
         if frames == 1 and control == NULL:
-            return _bytes_of(wsf_entry_frame(wsf_outbox_at(outbox, 0)[0])), 1
+            return (<Fanout>self.fanout).bytes_of(wsf_entry_frame(wsf_outbox_at(outbox, 0)[0])), 1
         data = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>size)
         end = PyBytes_AS_STRING(data)
         if control != NULL:
@@ -442,23 +442,6 @@ cdef class Link:
         if owner is not None:
             wsf_link_fail(owner.fanout, self.link, <uint32_t>frames)
             owner.tell()
-
-
-cdef bytes _bytes_of(wsf_frame *frame):
-    """The whole frame as an object, made once."""
-    cdef bytes data
-    if frame.bytes == NULL:
-        data = PyBytes_FromStringAndSize(<char *>frame.data, <Py_ssize_t>frame.size)
-        wsf_frame_keep(frame, <PyObject *>data)
-    return <bytes>frame.bytes
-
-
-cdef object _rest_of(wsf_remainder *rest):
-    """What of a frame is to be sent still."""
-    cdef wsf_frame *frame = rest.frame
-    if rest.is_shared:
-        return PyMemoryView_FromObject(_bytes_of(frame))[rest.offset:]
-    return PyBytes_FromStringAndSize(<char *>frame.data + rest.offset, <Py_ssize_t>(frame.size - rest.offset))
 
 
 cdef inline int64_t _clock_ns() except? -1:
@@ -899,6 +882,22 @@ cdef class Fanout:
         self.tell()
         return left
 
+    cdef bytes bytes_of(self, wsf_frame *frame):
+        """The whole frame as an object, made once."""
+        cdef bytes data
+        if frame.bytes == NULL:
+            data = PyBytes_FromStringAndSize(<char *>frame.data, <Py_ssize_t>frame.size)
+            wsf_frame_keep(frame, <PyObject *>data)
+            wsf_backlog_note_object(&self.fanout.backlog, frame)
+        return <bytes>frame.bytes
+
+    cdef object rest_of(self, wsf_remainder *rest):
+        """What of a frame is to be sent still."""
+        cdef wsf_frame *frame = rest.frame
+        if rest.is_shared:
+            return PyMemoryView_FromObject(self.bytes_of(frame))[rest.offset:]
+        return PyBytes_FromStringAndSize(<char *>frame.data + rest.offset, <Py_ssize_t>(frame.size - rest.offset))
+
     cdef int _start_helpers(self) except -1:
         if self.pool == NULL and self.wanted_helpers != 0 and self.fanout.job_count >= WSF_PARALLEL_FROM:
             self.pool = wsf_pool_new(self.wanted_helpers)  # NULL: it goes without
@@ -923,7 +922,7 @@ cdef class Fanout:
                 return 0
             if what == WSF_REST:
                 try:
-                    data = _rest_of(&rest)
+                    data = self.rest_of(&rest)
                 except MemoryError:  # half a frame is on its way, and there is no rest
                     wsf_link_fail(self.fanout, rest.link, 0)
                     left.append((<object>rest.link.handle, WSF_FAILED, ENOMEM))

@@ -97,7 +97,10 @@ static int make_room_in_order(wsf_backlog *backlog)
 
 static wsf_log *oldest_log(const wsf_backlog *backlog) { return backlog->order[backlog->head]; }
 
-static size_t entry_bytes(const wsf_frame *frame) { return sizeof *frame + frame->size + ENTRY_BYTES; }
+static size_t entry_bytes(const wsf_frame *frame)
+{
+    return sizeof *frame + (frame->bytes == NULL ? 1 : 2) * frame->size + ENTRY_BYTES;
+}
 
 static void let_go_of_oldest(wsf_backlog *backlog)
 {
@@ -164,6 +167,13 @@ void wsf_backlog_add(wsf_backlog *backlog, uint64_t key, wsf_frame *frame)
     *entry_at(log, log->count++) = frame;
     backlog->order[(backlog->head + backlog->count++) & (backlog->capacity - 1)] = log;
     backlog->bytes += size;
+}
+
+void wsf_backlog_note_object(wsf_backlog *backlog, const wsf_frame *frame)
+{
+    const wsf_message *message = frame->message;
+    if (is_kept(backlog, message) && *entry_at(message->log, (uint32_t)(message->log_place - message->log->first)) == frame)
+        backlog->bytes += frame->size;
 }
 
 /* ---- runs --------------------------------------------------------------------------------------------------------------- */

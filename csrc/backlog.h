@@ -81,6 +81,8 @@ void wsf_backlog_clear(wsf_backlog *backlog);
 /* Append to the log with this key. Its message is told where it is, unless it is too large or there is no memory: then it is
  * as one that was let go. One that is kept already stays where it is. frame: a reference is taken. */
 void wsf_backlog_add(wsf_backlog *backlog, uint64_t key, wsf_frame *frame);
+/* This frame has been given its object (wsf_frame_keep). If it is kept, the next one that is added makes up for it. */
+void wsf_backlog_note_object(wsf_backlog *backlog, const wsf_frame *frame);
 /* Let go of what is older than the limit. */
 void wsf_backlog_expire(wsf_backlog *backlog, int64_t now_ns);
 

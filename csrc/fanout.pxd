@@ -74,6 +74,7 @@ cdef extern from "backlog.h":
     ctypedef struct wsf_cursor:
         uint64_t recorded
         uint64_t handed
+    void wsf_backlog_note_object(wsf_backlog *backlog, const wsf_frame *frame) noexcept
     void wsf_backlog_expire(wsf_backlog *backlog, int64_t now_ns) noexcept
 
 

@@ -455,6 +455,24 @@ def test_who_is_given_up_because_the_log_has_moved_on_has_waited_for_no_time_tha
     fanout.forget(link)
 
 
+def test_the_object_that_a_transport_is_given_counts_as_kept() -> None:
+    fanout = make_fanout(kept_bytes=5000)
+    links = [begin(fanout), begin(fanout)]
+    for _ in range(2):
+        fanout.push(fanout.message(b"x" * 1000, True, 1), None, log=7)
+        before = fanout.stats()["kept_bytes"]
+        for link in links:
+            data, _ = link.peek(1)
+            assert len(data) == 1004 and fanout.stats()["kept_bytes"] == before + 1004
+            link.commit(1, 0)
+    # Without the objects, there would be room for one more.
+    fanout.push(fanout.message(b"x" * 1000, True, 1), None, log=7)
+    assert fanout.stats()["kept_messages"] == 2 and fanout.stats()["kept_bytes"] < 5000
+    for link in links:
+        fanout.forget(link)
+    assert fanout.queued_bytes == 0
+
+
 def test_a_fan_out_may_go_while_clients_are_away() -> None:
     gc.collect()
     before = _live()
