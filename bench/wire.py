@@ -1,20 +1,23 @@
 """Servers and receivers of the benchmarks that need sockets, each in a process of its own.
 
 It hides how processes are started, told what to do, and asked what came of it. A server is a Python process that runs
-one of :mod:`bench.servers`; the receivers are one C program (native/receiver.c), which the benchmark compiles: it
-reads as fast as the kernel lets it, checks every frame's header, and says on the machine's monotonic clock when the
-last byte of the last connection was there. Both are told what to do by lines on their standard input.
+one of :mod:`bench.servers`; real clients are one of :mod:`bench.clients`. The receivers are one C program
+(native/receiver.c), which the benchmark compiles: it reads as fast as the kernel lets it, checks every frame's header,
+and says on the machine's monotonic clock when the last byte of the last connection was there. All of them are told what
+to do by lines on their standard input.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +30,29 @@ class Broken(RuntimeError):
 
 
 @contextmanager
-def compiled() -> Iterator[tuple[Path, Path]]:
-    """The receivers' program and the floor's library, compiled for this run."""
+def compiled() -> Iterator[Path]:
+    """A folder with the programs ``receiver`` and ``proxy`` and the library ``floor.so``, compiled for this run."""
     compiler = os.environ.get("CC", "cc").split()
     with tempfile.TemporaryDirectory(prefix="wsfast-bench-") as folder:
-        receiver, floor = Path(folder, "receiver"), Path(folder, "floor.so")
-        common = [*compiler, "-O2", "-pthread"]
-        subprocess.run([*common, "-o", str(receiver), str(_NATIVE / "receiver.c")], check=True)
-        subprocess.run([*common, "-shared", "-fPIC", "-o", str(floor), str(_NATIVE / "floor.c")], check=True)
-        yield receiver, floor
+        for name, options in (("receiver", []), ("proxy", []), ("floor.so", ["-shared", "-fPIC"])):
+            source = (_NATIVE / name).with_suffix(".c")
+            subprocess.run(
+                [*compiler, "-O2", "-pthread", *options, "-o", str(Path(folder, name)), str(source)], check=True
+            )
+        yield Path(folder)
+
+
+def free_port() -> int:
+    """A port of the loopback address that is free, and no client's connection is given by itself, however many try to
+    reach it while nobody listens there.
+    """
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for _ in range(100):
+        port = random.randrange(first // 2, first)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise Broken("no port is free")
 
 
 class _Process:
@@ -62,24 +79,28 @@ class _Process:
         return line
 
     def close(self) -> None:
+        """Kill it (SIGKILL)."""
+        self._process.kill()
+        self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 stream.close()
-        self._process.kill()
-        self._process.wait()
 
 
 class Receivers(_Process):
-    """So many connections that read."""
+    """So many connections that read. With *resume*, they speak the protocol of resume, and first say hello."""
 
-    def __init__(self, program: Path, port: int, count: int, buffer: int) -> None:
-        super().__init__([str(program), "127.0.0.1", str(port), str(count), str(buffer)])
+    def __init__(self, program: Path, port: int, count: int, buffer: int, resume: bool = False) -> None:
+        super().__init__([str(program), "127.0.0.1", *map(str, (port, count, buffer, int(resume)))])
         self.count = count
         self._read("ready")
+        if resume:
+            self.hello()
+            self.welcomed_ns()
 
-    def expect(self, frames: int, payload_bytes: int) -> None:
-        """From now on, every connection that reads has to get exactly this."""
-        self.write(f"expect {frames} {payload_bytes}")
+    def expect(self, frames: int, payload_bytes: int, *, numbered: bool = False) -> None:
+        """From now on, every connection that reads has to get exactly this; *numbered*: see :func:`numbered`."""
+        self.write(f"{'numbered' if numbered else 'expect'} {frames} {payload_bytes}")
         self._read("ok")
 
     def done_ns(self) -> int:
@@ -107,6 +128,25 @@ class Receivers(_Process):
         _, pings, closed = self._read("health").split()
         return int(pings), int(closed)
 
+    def cut(self) -> None:
+        """All end their connections without a word."""
+        self.write("cut")
+        self._read("ok")
+
+    def dial(self) -> None:
+        """All connect again, up to the opening handshake."""
+        self.write("dial")
+        self._read("ready")
+
+    def hello(self) -> int:
+        """All begin with a session, or go on with theirs. When the first of them spoke."""
+        self.write("hello")
+        return int(self._read("hello").split()[1])
+
+    def welcomed_ns(self) -> int:
+        """When the last of them had its answer. It was refused to none."""
+        return int(self._read("welcomed").split()[1])
+
     def _read(self, word: str) -> str:
         while not (line := self.read()).startswith(word):
             if not line.startswith("closed"):
@@ -114,14 +154,18 @@ class Receivers(_Process):
         return line
 
 
-class Server(_Process):
-    """A server of :mod:`bench.servers`. ``call`` has one of its methods called there."""
+class Worker(_Process):
+    """An object in a process of its own: one of a *kind* that a package has. ``call`` calls one of its methods.
 
-    def __init__(self, kind: str, **settings: Any) -> None:
+    Attributes:
+        started: what its ``start`` has returned.
+    """
+
+    def __init__(self, package: str, kind: str, **settings: Any) -> None:
         path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
-        command = [sys.executable, "-m", "bench.servers", kind, json.dumps(settings)]
+        command = [sys.executable, "-m", package, kind, json.dumps(settings)]
         super().__init__(command, cwd=_ROOT, env={**os.environ, "PYTHONPATH": path})
-        self.port: int = self.answer()
+        self.started = self.answer()
 
     def call(self, method: str, **arguments: Any) -> Any:
         self.begin(method, **arguments)
@@ -135,8 +179,35 @@ class Server(_Process):
         """What the last line that was written is answered with."""
         answer = json.loads(self.read())
         if "error" in answer:
-            raise Broken(f"server: {answer['error']}")
+            raise Broken(f"process {self._process.args!r}: {answer['error']}")
         return answer["value"]
+
+
+class Server(Worker):
+    """A server of :mod:`bench.servers`."""
+
+    def __init__(self, kind: str, **settings: Any) -> None:
+        super().__init__("bench.servers", kind, **settings)
+
+    @property
+    def port(self) -> int:
+        return int(self.started)
+
+
+class Clients(Worker):
+    """Clients of :mod:`bench.clients`."""
+
+    def __init__(self, kind: str, **settings: Any) -> None:
+        super().__init__("bench.clients", kind, **settings)
+
+
+class Proxy(_Process):
+    """Stands before a server, on a port of its own."""
+
+    def __init__(self, program: Path, port: int, to: int) -> None:
+        super().__init__([str(program), str(port), str(to)])
+        self.port = port
+        self.read()
 
 
 class Rig:
@@ -146,24 +217,52 @@ class Rig:
         self._stack = ExitStack()
 
     def __enter__(self) -> Rig:
-        self._receiver, self.floor = self._stack.enter_context(compiled())
+        self._programs = self._stack.enter_context(compiled())
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def start(self, kind: str, connections: int, *, buffer: int = 0, **settings: Any) -> tuple[Server, Receivers]:
+    def start(
+        self, kind: str, connections: int, *, buffer: int = 0, resume: bool = False, **settings: Any
+    ) -> tuple[Server, Receivers]:
         """A server of this kind, and so many connections to it, all accepted; *buffer*: bytes that the kernel may
-        keep for each on either side, 0 for as many as it likes.
+        keep for each on either side, 0 for as many as it likes; *resume*: see :class:`Receivers`.
         """
         if buffer:
             settings["buffer"] = buffer
-        server = Server(kind, floor=str(self.floor), **settings)
-        self._stack.callback(server.close)
-        receivers = Receivers(self._receiver, server.port, connections, buffer)
-        self._stack.callback(receivers.close)
+        server = self.serve(kind, **settings)
+        receivers = self.receive(server, connections, buffer=buffer, resume=resume)
         server.call("wait_for", connections=connections)
         return server, receivers
+
+    def serve(self, kind: str, **settings: Any) -> Server:
+        """A server of this kind."""
+        server = Server(kind, floor=str(self._programs / "floor.so"), **settings)
+        self._stack.callback(server.close)
+        return server
+
+    def connect(self, kind: str, **settings: Any) -> Clients:
+        """Clients of this kind."""
+        clients = Clients(kind, **settings)
+        self._stack.callback(clients.close)
+        return clients
+
+    def proxy(self, port: int, to: int) -> Proxy:
+        proxy = Proxy(self._programs / "proxy", port, to)
+        self._stack.callback(proxy.close)
+        return proxy
+
+    def receive(self, server: Server, connections: int, *, buffer: int = 0, resume: bool = False) -> Receivers:
+        """So many more connections to it."""
+        receivers = Receivers(self._programs / "receiver", server.port, connections, buffer, resume)
+        self._stack.callback(receivers.close)
+        return receivers
+
+
+def numbered(number: int, size: int) -> str:
+    """A text of so many bytes by which receivers see that nothing is missing, doubled or out of order."""
+    return f"{number:010} ".ljust(size, "x")
 
 
 def rss(pid: int) -> int:

@@ -4,6 +4,9 @@ standard input; see :mod:`bench.wire`.
 ``wsfast``: the ``websockets`` library's server with a wsfast manager. On the same live connections it also runs the
 floor, ``websockets.broadcast`` and a plain loop, so that these differ in nothing but the way of sending.
 ``websockets``: that library's server by itself, with its own pings. ``picows``: a server of that library.
+
+``sessions``: as ``wsfast``, with clients that come back. ``by_hand``: the same on ``websockets`` by itself, with a list
+of what it has missed for each client.
 """
 
 from __future__ import annotations
@@ -11,23 +14,38 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import functools
 import gc
 import json
-import logging
-import resource
+import secrets
 import socket
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 from websockets.asyncio.server import ServerConnection, broadcast
 from websockets.asyncio.server import serve as library_serve
+from websockets.exceptions import ConnectionClosed
 from websockets.protocol import State
 
-from wsfast import Backpressure, ConnectionManager, HealthPolicy
+from bench.wire import numbered
+from bench.worker import run
+from wsfast import Backpressure, ConnectionManager, HealthPolicy, HerdPolicy, SessionPolicy
 from wsfast.adapters.websockets import serve
+
+_LIBC = ctypes.CDLL(None)
+
+
+class _Mallinfo(ctypes.Structure):
+    """What the C library's heap says of itself, mallinfo2(3)."""
+
+    _fields_ = [
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks")),
+        *((name, ctypes.c_size_t) for name in ("uordblks", "fordblks", "keepcost")),
+    ]
+
+
+# In which all clients are that come back.
+_GROUP = "all"
 
 
 def _frame(payload: bytes) -> bytes:
@@ -83,6 +101,26 @@ class _Server:
         """What the server counts."""
         return {}
 
+    async def rest(self) -> None:
+        """Have the garbage collector off, and no memory that is free: what grows then is seen from outside."""
+        gc.collect()
+        gc.disable()
+        if hasattr(_LIBC, "malloc_trim"):
+            _LIBC.malloc_trim(0)
+        await asyncio.sleep(0.02)
+
+    async def work(self) -> None:
+        """Have the garbage collector on again."""
+        gc.enable()
+
+    async def heap(self) -> int | None:
+        """Bytes of the C heap that are in use; None where it does not say."""
+        if not hasattr(_LIBC, "mallinfo2"):
+            return None
+        _LIBC.mallinfo2.restype = _Mallinfo
+        found = _LIBC.mallinfo2()
+        return int(found.uordblks + found.hblkhd)
+
     async def clocked(self, way: str, **arguments: Any) -> tuple[int, float]:
         """A way with the garbage collector off: the monotonic time of its begin, and what it returns."""
         gc.collect()
@@ -135,9 +173,13 @@ class WsfastServer(_Server):
         floor: str,
         backpressure: dict[str, Any] | None = None,
         health: dict[str, Any] | None = None,
+        sessions: dict[str, Any] | None = None,
+        herd: dict[str, Any] | None = None,
+        port: int = 0,
         buffer: int = 0,
     ) -> None:
         super().__init__(buffer)
+        self._port = port
         self._floor = ctypes.CDLL(floor).floor_send
         self._floor.restype = ctypes.c_long
         self._floor.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int]
@@ -145,12 +187,20 @@ class WsfastServer(_Server):
         self.manager = ConnectionManager(
             backpressure=Backpressure(**(backpressure or {})),
             health=None if health is None else HealthPolicy(**health),
+            sessions=SessionPolicy(**(sessions or {})),
+            herd=HerdPolicy(**(herd or {})),
         )
 
     async def start(self) -> int:
         await self.manager.start()
         server = await serve(
-            self._handle, "127.0.0.1", 0, manager=self.manager, compression=None, ping_interval=None, backlog=4096
+            self._handle,
+            "127.0.0.1",
+            self._port,
+            manager=self.manager,
+            compression=None,
+            ping_interval=None,
+            backlog=4096,
         )
         return int(next(iter(server.sockets)).getsockname()[1])
 
@@ -228,6 +278,64 @@ class WsfastServer(_Server):
         return seconds
 
 
+class SessionsServer(WsfastServer):
+    """``websockets`` with a manager and clients that come back, all of them in one group.
+
+    What it publishes there while it runs are its own name and the number of the message, from 1 on.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._name = secrets.token_hex(4)
+        self._published = 0
+        self._publishing: asyncio.Task[None] | None = None
+
+    async def _handle(self, ws: ServerConnection) -> None:
+        ws.wsfast.join(_GROUP)  # type: ignore[attr-defined]
+        self._add(ws, ws.transport)
+        try:
+            with contextlib.suppress(ConnectionClosed):
+                async for _ in ws:
+                    pass
+        finally:
+            self._connections.remove(ws)
+
+    async def wait_for_absence(self, clients: int) -> None:
+        """Until so many are away."""
+        while self.manager.stats()["away"] < clients:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+    async def miss(self, messages: int, size: int) -> None:
+        """So many numbered messages to the group, of which all are away."""
+        for number in range(messages):
+            result = self.manager.broadcast_nowait(numbered(number, size), group=_GROUP)
+            if result.away != len(self.manager.registry):
+                raise RuntimeError(f"{result}")
+            if number % 100 == 0:
+                await asyncio.sleep(0)
+
+    async def threads(self, threads: int) -> None:
+        self.manager.threads = threads
+
+    async def publish(self, every_s: float, size: int) -> str:
+        """From now on, a message to the group so often. Returns the name."""
+
+        async def publish() -> None:
+            while True:
+                self._published += 1
+                self.manager.broadcast_nowait(f"{self._name} {self._published} ".ljust(size, "x"), group=_GROUP)
+                await asyncio.sleep(every_s)
+
+        self._publishing = asyncio.create_task(publish())
+        return self._name
+
+    async def published(self) -> int:
+        """Publish nothing more; how many messages there were."""
+        if self._publishing is not None:
+            self._publishing.cancel()
+        return self._published
+
+
 class WebsocketsServer(_Server):
     """``websockets`` by itself."""
 
@@ -248,6 +356,40 @@ class WebsocketsServer(_Server):
 
     async def open(self) -> int:
         return sum(ws.state is State.OPEN for ws in self._connections)
+
+
+class ByHandServer(WebsocketsServer):
+    """``websockets`` with clients that come back, as it is done by hand: no count, so what was on its way is lost."""
+
+    def __init__(self, floor: str) -> None:
+        super().__init__(floor, {"ping_interval": None})
+        # What each client has missed that is away, by its token.
+        self._missed: dict[str, list[str]] = {}
+
+    async def _handle(self, ws: ServerConnection) -> None:
+        missed = self._missed.pop(json.loads(await ws.recv()).get("token"), None)
+        token = secrets.token_urlsafe(32)
+        await ws.send(json.dumps({"wsfast": "welcome", "token": token, "resumed": missed is not None}))
+        for message in missed or ():
+            await ws.send(message)
+        self._add(ws, ws.transport)
+        try:
+            with contextlib.suppress(ConnectionClosed):
+                async for _ in ws:
+                    pass
+        finally:
+            self._connections.remove(ws)
+            self._missed[token] = []
+
+    async def wait_for_absence(self, clients: int) -> None:
+        while len(self._missed) < clients:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+    async def miss(self, messages: int, size: int) -> None:
+        for number in range(messages):
+            message = numbered(number, size)
+            for missed in self._missed.values():
+                missed.append(message)
 
 
 class PicowsServer(_Server):
@@ -289,43 +431,14 @@ def _timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-_KINDS: dict[str, Any] = {"wsfast": WsfastServer, "websockets": WebsocketsServer, "picows": PicowsServer}
-
-
-async def _obey(kind: str, settings: dict[str, Any]) -> None:
-    server = _KINDS[kind](**settings)
-    _say(value=await server.start())
-    loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader()
-    await loop.connect_read_pipe(functools.partial(asyncio.StreamReaderProtocol, reader), sys.stdin)
-    while line := await reader.readline():
-        method, arguments = json.loads(line)
-        try:
-            value = await getattr(server, method)(**arguments)
-        except Exception as error:
-            _say(error=repr(error))
-        else:
-            _say(value=value)
-
-
-def _say(**answer: Any) -> None:
-    print(json.dumps(answer), flush=True)
-
-
-def main() -> None:
-    logging.disable(logging.ERROR)
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    kind, settings = sys.argv[1], json.loads(sys.argv[2])
-    loop = settings.pop("loop", "asyncio")
-    factory = None
-    if loop == "uvloop":
-        import uvloop  # noqa: PLC0415 - only where it is asked for
-
-        factory = uvloop.new_event_loop
-    with contextlib.suppress(KeyboardInterrupt), asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(_obey(kind, settings))
+_KINDS: dict[str, Any] = {
+    "wsfast": WsfastServer,
+    "sessions": SessionsServer,
+    "websockets": WebsocketsServer,
+    "by_hand": ByHandServer,
+    "picows": PicowsServer,
+}
 
 
 if __name__ == "__main__":
-    main()
+    run(_KINDS)

@@ -1,0 +1,1 @@
+"""Clients that come back, for benchmarks: a process of its own runs ``python -m bench.clients``."""
