@@ -21,7 +21,8 @@ while a client is away is lost to it.
 
 All run on the same two cores, and a connection costs its client more than its server. So what the server is told that
 it can bear (``HerdPolicy.accept_rate``) is measured first: three quarters of the rate at which half of the clients
-connect when they take turns. From that, it tells each client in its welcome over how many seconds to spread.
+connect when they take turns. From that, and from how many clients it usually has, it tells each in its welcome over how
+many seconds to spread.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def _connect(rig: Rig, effort: _Effort, kind: str, port: int, clients: int, is_q
 
 def _play(rig: Rig, effort: _Effort, accept_rate: float, kind: str, killed: str, is_quick: bool) -> _Outcome:
     port = free_port()
-    settings = {"port": port, "health": {}, "herd": {"accept_rate": accept_rate}}
+    settings = {"port": port, "health": {}, "herd": {"accept_rate": accept_rate, "expected": effort.clients}}
     server = rig.serve("sessions", **settings)
     proxy = rig.proxy(free_port(), port) if killed == _PROXY else None
     herds = _connect(rig, effort, kind, port if proxy is None else proxy.port, effort.clients, is_quick)

@@ -975,6 +975,8 @@ class HerdPolicy:
         window_s: by which the time is longer over which connections are spread than ``connections / accept_rate``. It
             is the room for those who come for other reasons.
         away_s: how long a server that restarts is expected to be away, from the moment when it begins to close.
+        expected: connections that there usually are. Who comes early after a start is told a spread for no fewer, since
+            it will not be told again when the others have come.
         admission: whether the handshake lets in no more than ``accept_rate`` per second. Otherwise everybody is let in.
         burst_s, least_s, longest_s: see ``Admission``. As Retry-After tells whole seconds, plain clients that came
             together come back together, so many each second: with a ``burst_s`` of less than one, most of them would be
@@ -986,6 +988,7 @@ class HerdPolicy:
     accept_rate: float = 1000.0
     window_s: float = 5.0
     away_s: float = 5.0
+    expected: int = 0
     admission: bool = False
     burst_s: float = 1.0
     least_s: float = 1.0
@@ -1000,6 +1003,8 @@ class HerdPolicy:
         _check("least_s", self.least_s, _LEAST_S, _MOST_S, "herd")
         _check("longest_s", self.longest_s, self.least_s, _MOST_S, "herd")
         _check("delay_most_s", self.delay_most_s, self.delay_least_s, _MOST_S, "herd")
+        if not (isinstance(self.expected, int) and self.expected >= 0):
+            raise InvalidSetting("herd.expected", self.expected, "a whole number from 0")
 
 
 HERD = HerdPolicy()
@@ -1071,7 +1076,7 @@ class Herd:
         Most clients that are lost are lost alone, and cannot know it. So a server with few of them leaves no more room
         for others than these need themselves: they come back soon.
         """
-        needed_s = connections / self.policy.accept_rate
+        needed_s = max(connections, self.policy.expected) / self.policy.accept_rate
         return needed_s + min(needed_s, self.policy.window_s)
 
     def admit(self, now_s: float) -> float:

@@ -59,6 +59,8 @@ class TestPolicy:
             ({"burst_s": -0.1}, "herd.burst_s must be from 0 to 1e+06, not -0.1"),
             ({"least_s": 0.0}, "herd.least_s must be from 1e-06 to 1e+06, not 0.0"),
             ({"least_s": 10.0, "longest_s": 9.0}, "herd.longest_s must be from 10 to 1e+06, not 9.0"),
+            ({"expected": -1}, "herd.expected must be a whole number from 0, not -1"),
+            ({"expected": 1.5}, "herd.expected must be a whole number from 0, not 1.5"),
             ({"delay_least_s": -1.0}, "herd.delay_least_s must be from 0 to 1e+06, not -1.0"),
             ({"delay_least_s": 31.0}, "herd.delay_most_s must be from 31 to 1e+06, not 30.0"),
         ],
@@ -142,6 +144,8 @@ class TestRestart:
         assert (slots.connections, slots.accept_rate, slots.window_s, slots.away_s) == (4, 2.0, 2.0, 3.0)
         assert herd.spread_s(4) == slots.spread_s == 4.0
         assert [herd.spread_s(connections) for connections in (0, 1, 2, 100)] == [0.0, 1.0, 2.0, 52.0]
+        expecting = Herd(HerdPolicy(accept_rate=2.0, window_s=2.0, expected=10), middle)
+        assert [expecting.spread_s(connections) for connections in (0, 10, 100)] == [7.0, 7.0, 52.0]
 
     def test_each_is_told_a_slot_of_its_own(self) -> None:
         herd = Herd(POLICY, middle, 100.0)
