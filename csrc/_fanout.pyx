@@ -318,6 +318,11 @@ cdef class Link:
         owner.tell()
         Py_CLEAR(self.held_ws)
 
+    def end_session(self):
+        cdef Fanout owner = self.of()
+        if owner is not None:
+            wsf_link_end_session(owner.fanout, self.link)
+
     def direct(self, fd):
         cdef int number = fd
         cdef Fanout owner = self.of()

@@ -485,9 +485,11 @@ void wsf_link_close(wsf_fanout *fanout, wsf_link *link, int cause)
     if (link->cursor != NULL) {
         link->facts |= WSF_AWAY;
         keep_all(fanout, link);
-    } else {
-        (void)drop_all(fanout, link, cause);
+        return;
     }
+    (void)drop_all(fanout, link, cause);
+    while (link->outbox.count != 0) /* a greeting, which is no message; or what a session had that has ended */
+        wsf_frame_release(wsf_entry_frame(wsf_outbox_pop(&link->outbox, &fanout->account)));
 }
 
 /* ---- sessions ------------------------------------------------------------------------------------------------------------ */

@@ -111,6 +111,8 @@ class Link:
         outbox to be so."""
     def leave(self) -> None:
         """It is closed, and its transport goes: let go of the connection object, and of what the transport has."""
+    def end_session(self) -> None:
+        """Nobody will come back to it: what is kept for it is dropped, and nothing more is kept."""
     def pass_on(self, payload: _bytes, is_text: bool) -> None:
         """The library was told to send this by itself. Where there is a session, that is our business: a message that
         does not pass through here could not be counted, nor sent again."""

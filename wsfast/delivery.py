@@ -368,10 +368,11 @@ class Delivery:
         return self._fanout.sessions != 0
 
     def _pass_on(self, link: Link, payload: bytes, is_text: bool) -> None:
-        """What the library was told to send to a connection with a session leaves in line with everything else."""
+        """What the library was told to send to a connection with a session leaves in line with everything else. It is
+        the library's to limit: an exception within it would end the connection."""
         record = link.record
         if record is not None:
-            self._push(self._frame(payload, is_text, None), [record], ())
+            self._push(self._fanout.message(payload, is_text, monotonic_ns(), None), [record], ())
 
     def _variant(self, framing: Framing | None) -> int:
         """The number of the frames that this framing needs."""
@@ -503,16 +504,13 @@ class Delivery:
             payload = message.tobytes()
         else:
             raise TypeError(f"message must be str or bytes-like, not {type(message).__name__}")
+        if len(payload) > self._max_message_bytes:
+            raise MessageTooBig(len(payload), self._max_message_bytes)
         if key is not None and type(key) is not str:
             if not isinstance(key, str):
                 raise TypeError(f"key must be str or None, not {type(key).__name__}")
             key = str.__str__(key)
-        return self._frame(payload, isinstance(message, str), key)
-
-    def _frame(self, payload: bytes | bytearray, is_text: bool, key: str | None) -> Encoded:
-        if len(payload) > self._max_message_bytes:
-            raise MessageTooBig(len(payload), self._max_message_bytes)
-        return self._fanout.message(payload, is_text, monotonic_ns(), key)
+        return self._fanout.message(payload, isinstance(message, str), monotonic_ns(), key)
 
     def _records(self, wanted: Excluded, argument: str) -> list[ConnectionMeta]:
         """The attached records in *wanted*, each once; ids that nobody has are left out."""

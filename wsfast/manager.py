@@ -732,13 +732,13 @@ class ConnectionManager:
             attachment.detach = attachment.adapter.attach(attachment.ws, attachment.link, attachment.lost)
             if self._heartbeat is not None:
                 self._heartbeat.admit(attachment.record, attachment.link, attachment.ws, attachment.adapter)
+            if attachment.welcome is not None:
+                self._delivery.greet(attachment.link, str(attachment.welcome))
         except BaseException:
             attachment.detach()
             raise
         attachment.ended = False
         self._attachments[id(attachment.ws)] = attachment
-        if attachment.welcome is not None:
-            self._delivery.greet(attachment.link, str(attachment.welcome))
 
     # ---- sessions
 
@@ -761,28 +761,28 @@ class ConnectionManager:
         hello = attachment.hello
         if self._sessions is None or hello is None or hello.token is None:
             return False
-        now_s = self._now_s()
-        session = self._sessions.find(hello.token, now_s, hello.attempt)
-        overtaken = self._sessions.overtaken(hello.token, hello.attempt) if session is None else None
+        sessions, token, now_s = self._sessions, hello.token, self._now_s()
+        session = sessions.find(token, now_s, hello.attempt)
+        overtaken = sessions.overtaken(token, hello.attempt) if session is None else None
         if overtaken is not None:  # nobody is there any more whom a session of its own would be for
             raise DuplicateConnection(overtaken.owner.record.client_id)
-        if session is None or not attachment.may_be(session.owner.record):
+        its = session or sessions.outlived(token, now_s)
+        if its is None or not attachment.may_be(its.owner.record):
             self._not_resumed += 1
             return False
-        away = session.owner
-        if isinstance(away, Attachment):  # its connection looks alive
-            away.end(TAKEN_OVER)
-            self._say_farewell(away, TAKEN_OVER)
-            away = session.owner
-        link = None
-        if isinstance(away, _Away) and away.record.registry is self._registry:
+        if isinstance(its.owner, Attachment):  # its connection looks alive
+            former = its.owner
+            former.end(TAKEN_OVER)
+            self._say_farewell(former, TAKEN_OVER)
+        away, link = its.owner, None
+        if session is not None and isinstance(away, _Away) and away.record.registry is self._registry:
             link = self._delivery.resume(away.link, attachment.ws, attachment.adapter, hello.received)
         if link is None:
             self._not_resumed += 1
             if isinstance(away, _Away):
-                self._end_away(session, away.closed)
+                self._end_away(its, away.closed)
             return False
-        self._go_on(attachment, session, away, link, now_s)
+        self._go_on(attachment, its, away, link, now_s)
         return True
 
     def _go_on(self, attachment: Attachment, session: Session, away: _Away, link: Link, now_s: float) -> None:
@@ -835,19 +835,22 @@ class ConnectionManager:
         session.owner = _Away(record, link, closed, now_s)
         self._away[record] = session
         self._interrupted += 1
+        if self._events.wants(ConnectionInterrupted):
+            self._events.publish(ConnectionInterrupted(record, *closed[:3]))
+        if record not in self._away:  # a subscriber has ended it
+            return
         given_up = self._sessions.leave(session, now_s)
         if given_up is not None:
             self._end_away(given_up, given_up.owner.closed)
         self._arm_session_timer()
-        if self._events.wants(ConnectionInterrupted):
-            self._events.publish(ConnectionInterrupted(record, *closed[:3]))
 
     def _end_away(self, session: Session, closed: Closed, last_words: _LastWords | None = None) -> None:
-        """A client is waited for no longer."""
+        """A client is waited for no longer. Subscribers may have ended it already."""
         away = session.owner
         assert self._sessions is not None and isinstance(away, _Away)
+        if self._away.pop(away.record, None) is None:
+            return
         self._sessions.end(session)
-        self._away.pop(away.record, None)
         words = _last_words(away.record) if last_words is None else last_words
         self._registry.remove(away.record)
         self._delivery.forget(away.link)
@@ -1009,6 +1012,7 @@ class ConnectionManager:
 
     async def _close_and_report(self, attachment: Attachment, undelivered: list[Undelivered]) -> None:
         attachment.unsent = self._delivery.unsent(attachment.link)
+        attachment.is_final = True
         await _close_quietly(attachment, _told(self._going_away, self._herd.farewell(self._now_s())))
         undelivered += attachment.undelivered()
 
@@ -1127,6 +1131,8 @@ class Attachment:
     async def close(self, code: int, reason: str) -> None:
         """Close the connection, behind what waits for it. Raises what its library does."""
         self.manager._delivery.finish(self.link)
+        if self.is_final:
+            self.link.end_session()  # what is sent from now on is for nobody
         try:
             await self.adapter.close(self.ws, code, reason)
         except TimeoutError:

@@ -336,7 +336,7 @@ class Session:
 
         No token is spent before :meth:`renew`.
         """
-        is_present, is_former = hmac.compare_digest(self._secret, secret), hmac.compare_digest(self._former, secret)
+        is_present, is_former = self._is_present_or_former(secret)
         is_late = is_former and 0 < attempt <= self._attempt
         if not (is_present or is_former) or is_late:
             return False
@@ -348,6 +348,13 @@ class Session:
         """There is a new token. The one that was presented last stays good until the client confirms."""
         self._go_on_from(*self._presented)
         self._secret = secret
+
+    def _is_present_or_former(self, secret: bytes) -> tuple[bool, bool]:
+        return hmac.compare_digest(self._secret, secret), hmac.compare_digest(self._former, secret)
+
+    def knows(self, secret: bytes) -> bool:
+        """Whether this is the secret of a token that is good as long as its session is."""
+        return any(self._is_present_or_former(secret))
 
     def was_overtaken(self, secret: bytes, attempt: int) -> bool:
         """Whether this is a hello of a connection that the client had given up when it sent another one, which was
@@ -401,14 +408,24 @@ class Sessions:
         session, secret = self._of(token)
         if session is None or not session.presented(secret, attempt):
             return None
+        return session if self._lives(session, now_s) else None
+
+    def _lives(self, session: Session, now_s: float) -> bool:
         is_due = session in self._away and self._away[session] <= now_s
-        return None if is_due or now_s - session.began_s > self.policy.lifetime_s else session
+        return not is_due and now_s - session.began_s <= self.policy.lifetime_s
 
     def overtaken(self, token: str, attempt: int) -> Session | None:
         """The session for which a hello with this token came too late, see ``Session.was_overtaken``; None: there is
         none."""
         session, secret = self._of(token)
         return session if session is not None and session.was_overtaken(secret, attempt) else None
+
+    def outlived(self, token: str, now_s: float) -> Session | None:
+        """The session to which a token would be good, had it not lasted for too long; None: there is none."""
+        session, secret = self._of(token)
+        if session is None or not session.knows(secret) or self._lives(session, now_s):
+            return None
+        return session
 
     def _of(self, token: str) -> tuple[Session | None, bytes]:
         """The session that a token names, and the secret that is to prove the right to it."""

@@ -20,6 +20,7 @@ from websockets.asyncio.server import ServerConnection
 
 from tests.server.conftest import (
     DEADLINE_S,
+    FakeAdapter,
     FakeLink,
     Seen,
     client,
@@ -32,6 +33,7 @@ from tests.server.conftest import (
 )
 from wsfast import (
     Backpressure,
+    BroadcastResult,
     ConnectionClosed,
     ConnectionInterrupted,
     ConnectionManager,
@@ -41,6 +43,7 @@ from wsfast import (
     ConnectionTooSlow,
     DrainPolicy,
     InvalidSetting,
+    PeerError,
     SessionPolicy,
 )
 from wsfast.client import Connected, State, connect
@@ -231,6 +234,17 @@ async def test_what_the_handler_sends_by_itself_is_kept_as_well(manager: Connect
         assert await peer.receive(3) == expected[2:]
 
 
+async def test_what_the_handler_sends_by_itself_has_the_limits_of_its_library(peers: list[Peer]) -> None:
+    async def handler(ws: ServerConnection) -> None:
+        await ws.send("x" * 1000)
+        await ws.wait_closed()
+
+    async with ConnectionManager(max_message_bytes=100) as manager, serving(handler, manager) as url:
+        peers.append(peer := Peer(url))
+        await peer.connect()
+        assert await peer.receive(1) == ["x" * 1000]
+
+
 async def test_a_handler_may_read_in_pieces(manager: ConnectionManager, peers: list[Peer]) -> None:
     given: list[str] = []
 
@@ -276,6 +290,18 @@ async def test_the_subprotocol_of_the_application_is_chosen_as_ever(
         if chosen != seen:
             await ws.send(str(Hello()))
         await until(lambda: subprotocols == [seen])
+
+
+async def test_where_nothing_is_agreed_on_every_message_counts(manager: ConnectionManager) -> None:
+    async with (
+        room(manager, select_subprotocol=lambda ws, offered: None) as (url, given),
+        client(url, subprotocols=["wsfast.1+chat", "chat"]) as ws,
+    ):
+        assert ws.subprotocol is None
+        (conn,) = manager.registry.values()
+        await ws.send("one")
+        await until(lambda: given == ["one"])
+        assert conn.messages_in == 1
 
 
 async def test_the_application_may_choose_the_subprotocol_itself(manager: ConnectionManager) -> None:
@@ -542,6 +568,35 @@ async def test_whom_the_application_disconnects_is_not_waited_for(
             await until(lambda: len(manager.registry) == 0)
 
 
+@pytest.mark.usefixtures("fake_links")
+async def test_nothing_is_kept_for_a_client_that_is_being_closed(
+    manager: ConnectionManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late: list[BroadcastResult] = []
+
+    async def close(adapter: object, ws: FakeLink, code: int, reason: str) -> None:
+        link_of(manager, conn).close()  # as a library does when its close frame is written
+        with pytest.raises(PeerError):
+            await manager.send(conn, "too late")
+        late.append(await manager.broadcast("too late"))
+
+    monkeypatch.setattr(FakeAdapter, "close", close)
+    async with manager.attach(FakeLink(), hello=Hello()) as conn:
+        await manager.disconnect(conn, 4001)
+    assert [(result.dropped, result.away) for result in late] == [(1, 0)]
+
+
+@pytest.mark.usefixtures("fake_links")
+async def test_a_greeting_that_could_not_be_sent_is_let_go(manager: ConnectionManager) -> None:
+    link = FakeLink(framing=None)
+    link.gate.clear()
+    async with manager.attach(link, hello=Hello()) as conn:
+        assert link_of(manager, conn).messages == 1
+        link_of(manager, conn).close()
+        assert link_of(manager, conn).messages == 0
+    assert manager.stats()["queued_bytes"] == 0
+
+
 async def test_a_client_that_is_away_can_be_disconnected(manager: ConnectionManager, peers: list[Peer]) -> None:
     seen = Seen(manager, ConnectionClosed)
     async with room(manager) as (url, _):
@@ -600,6 +655,60 @@ async def test_a_client_is_waited_for_no_longer_than_the_policy_says(what: str, 
             assert seen[0].code == 1006  # type: ignore[attr-defined]
             assert seen[0].conn.client_id == peer.session.client_id  # type: ignore[attr-defined]
         assert not (await peer.begin()).resumed
+
+
+async def test_a_session_that_has_lasted_for_too_long_gives_way_to_its_own_client(peers: list[Peer]) -> None:
+    policy = SessionPolicy(lifetime_s=0.001)
+    async with (
+        ConnectionManager(sessions=policy) as manager,
+        room(manager, identify=lambda _: {"client_id": "ann"}) as (url, _),
+    ):
+        seen = Seen(manager, *LIFE)
+        peers.append(peer := Peer(url))
+        await peer.connect()
+        former = peer.ws
+        await (await former.ping())  # ready is there
+        welcome = await peer.connect()
+        assert not welcome.resumed and welcome.client_id == "ann"
+        assert (await close_of(former))[0] == 4409
+        assert [type(event) for event in seen] == [*LIFE[:2], ConnectionClosed, ConnectionOpened]
+
+
+async def test_a_subscriber_may_end_whoever_it_is_told_of(manager: ConnectionManager, peers: list[Peer]) -> None:
+    seen = Seen(manager, *LIFE)
+
+    def end(event: ConnectionInterrupted) -> None:
+        with contextlib.suppress(StopIteration):
+            manager.disconnect(event.conn, 4001).send(None)
+
+    manager.on(ConnectionInterrupted, end)
+    async with room(manager) as (url, _):
+        peers.append(peer := Peer(url))
+        await peer.connect()
+        await peer.connect()  # takes over from the former one, which the subscriber ends
+        await until(lambda: len(seen) == 4)
+        assert [type(event) for event in seen] == [*LIFE[:2], ConnectionClosed, ConnectionOpened]
+        assert manager.stats()["closed"] == 1 and manager.stats()["away"] == 0
+
+
+async def test_a_client_is_interrupted_before_it_is_given_up(peers: list[Peer]) -> None:
+    async with ConnectionManager(sessions=SessionPolicy(max_away=1)) as manager, room(manager) as (url, given):
+        seen = Seen(manager, ConnectionInterrupted, ConnectionClosed)
+        for number in range(3):
+            peers.append(peer := Peer(url))
+            await peer.connect()
+            await peer.send(str(number))
+            await until(lambda: len(given) == number + 1)  # noqa: B023
+            peer.cut()
+            await until(lambda: manager.stats()["interrupted"] == number + 1)  # noqa: B023
+        ids = [peer.session.client_id for peer in peers]
+        assert [(type(event), event.conn.client_id) for event in seen] == [  # type: ignore[attr-defined]
+            (ConnectionInterrupted, ids[0]),
+            (ConnectionInterrupted, ids[1]),
+            (ConnectionClosed, ids[0]),
+            (ConnectionInterrupted, ids[2]),
+            (ConnectionClosed, ids[1]),
+        ]
 
 
 async def test_a_newcomer_with_the_id_of_a_client_that_is_away_takes_its_place(
@@ -938,13 +1047,19 @@ async def test_a_client_that_goes_before_it_says_hello_is_none(manager: Connecti
     assert not seen
 
 
-async def test_a_client_that_is_not_ready_is_told_so(manager: ConnectionManager, peers: list[Peer]) -> None:
+@pytest.mark.parametrize("second", ["too early", READY.encode(), ["x" * 3000, "x" * 3000, "x" * 3000]])
+async def test_a_client_that_is_not_ready_is_told_so(
+    manager: ConnectionManager, peers: list[Peer], second: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     async with room(manager) as (url, given):
         peers.append(peer := Peer(url))
         await peer.begin()
-        await peer.ws.send("too early")
+        with contextlib.suppress(websockets.ConnectionClosed):
+            await peer.ws.send(second)
+            await peer.ws.send("more")
         assert await close_of(peer.ws) == (4400, "ready must come second")
         assert given == []
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 async def test_settings_of_sessions_are_checked() -> None:

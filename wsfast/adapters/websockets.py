@@ -95,6 +95,9 @@ Identify = Callable[[ServerConnection], Keywords | Awaitable[Keywords | None] | 
 # RFC 6455, 5.5: a control frame has at most 125 bytes, of which the code takes two.
 _MAX_REASON_BYTES = 123
 
+# How the manager closes a connection whose client has a newer one.
+_REPLACED = 4409
+
 # Of a client that speaks the protocol of resume: hello and ready.
 _HANDSHAKE_MESSAGES = 2
 
@@ -380,15 +383,15 @@ async def _run_attached(
 
 
 async def _handle(handler: Handler, ws: ServerConnection) -> None:
-    """Run the handler. That a restart ends it is no failure, although the library, which takes only 1000 and 1001 for
-    ends in good order, would log a traceback for each connection.
+    """Run the handler. That a restart ends it, or that its client has come back on another connection, is no failure,
+    although the library, which takes only 1000 and 1001 for ends in good order, would log a traceback for each.
     """
     try:
         await handler(ws)
     except ConnectionClosed as error:
         sent = ws.protocol.close_sent
         # It may be of another connection, to which the handler is a client.
-        if sent is None or error.sent is not sent or sent.code != CloseCode.SERVICE_RESTART:
+        if sent is None or error.sent is not sent or sent.code not in (CloseCode.SERVICE_RESTART, _REPLACED):
             raise
 
 
@@ -414,11 +417,11 @@ def _select_subprotocol(
     inner = inner_offers(offered)
     if inner is None:
         return cast("str | None", choose(ws, offered))
-    if isinstance(ws, _ManagedMixin):
-        ws.wsfast_traffic.uncounted = _HANDSHAKE_MESSAGES
-    chosen = choose(ws, inner)
-    # A browser does not accept what it has not offered.
-    return with_protocol(chosen) if with_protocol(chosen) in offered else chosen
+    chosen = cast("str | None", choose(ws, inner))
+    if with_protocol(chosen) not in offered:
+        return chosen  # a browser does not accept what it has not offered
+    cast("_ManagedMixin", ws).wsfast_traffic.uncounted = _HANDSHAKE_MESSAGES
+    return with_protocol(chosen)
 
 
 def _default_subprotocol(ws: ServerConnection, offered: Sequence[Any]) -> str | None:
@@ -448,6 +451,7 @@ class _Traffic:
         "broken",
         "bytes_in",
         "bytes_out",
+        "is_refused",
         "link",
         "lost",
         "messages_in",
@@ -464,6 +468,7 @@ class _Traffic:
         self.parts: list[Any] = []  # of a message that is passed on
         self.attachment: Attachment | None = None  # of a client that speaks the protocol of resume
         self.second: bytearray | None = None  # what has come of its second message, until that is complete
+        self.is_refused = False  # as that is none
         self.record: ConnectionMeta | None = None
         self.link: Link | None = None
         self.lost: Callable[[], None] | None = None
@@ -496,15 +501,17 @@ class _Traffic:
 
     def take_second(self, frame: Frame) -> None:
         """Of the second message of a client that speaks the protocol of resume. The application does not see it, and
-        need not read for it: one that only sends never does."""
+        need not read for it: one that only sends never does. Where it is not what it must be, nothing more is taken."""
         assert self.second is not None and self.attachment is not None
-        self.second += frame.data
-        if not frame.fin and len(self.second) <= MOST_CHARACTERS:
+        if self.is_refused:
             return
-        text, self.second = self.second.decode(errors="replace"), None
-        if frame.fin and is_ready(text):
+        self.second += frame.data
+        self.is_refused = frame.opcode is Opcode.BINARY or len(self.second) > MOST_CHARACTERS
+        if frame.fin and not self.is_refused and is_ready(self.second.decode(errors="replace")):
+            self.second = None
             self.attachment.confirm()
-        else:
+        elif frame.fin or self.is_refused:
+            self.is_refused = True
             self.attachment.refuse(BAD_HANDSHAKE, "ready must come second")
 
     def end(self) -> None:
