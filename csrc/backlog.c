@@ -59,21 +59,32 @@ static void free_if_unused(wsf_backlog *backlog, wsf_log *log)
 
 static inline wsf_frame **entry_at(const wsf_log *log, uint32_t at) { return &log->ring[(log->head + at) & (log->capacity - 1)]; }
 
+/* A ring of pointers, which is full, with twice the room, beginning at 0; NULL: no memory. The former one is freed. */
+static void *grown(const wsf_backlog *backlog, void *ring, uint32_t head, uint32_t *capacity, uint32_t least)
+{
+    const size_t size = sizeof(void *), before = *capacity, after = before == 0 ? least : 2 * before;
+    char *larger = PyMem_RawMalloc(after * size);
+    if (larger == NULL)
+        return NULL;
+    if (before != 0) {
+        memcpy(larger, (char *)ring + head * size, (before - head) * size);
+        memcpy(larger + (before - head) * size, ring, head * size);
+    }
+    charge(backlog, (int64_t)((after - before) * size));
+    PyMem_RawFree(ring);
+    *capacity = (uint32_t)after;
+    return larger;
+}
+
 static int make_room(wsf_backlog *backlog, wsf_log *log)
 {
     if (log->count < log->capacity)
         return WSF_OK;
-    uint32_t capacity = log->capacity == 0 ? 4 : 2 * log->capacity;
-    wsf_frame **ring = PyMem_RawMalloc(capacity * sizeof *ring);
+    wsf_frame **ring = grown(backlog, log->ring, log->head, &log->capacity, 4);
     if (ring == NULL)
         return WSF_NO_MEMORY;
-    for (uint32_t at = 0; at < log->count; at++)
-        ring[at] = *entry_at(log, at);
-    charge(backlog, (int64_t)((capacity - log->capacity) * sizeof *ring));
-    PyMem_RawFree(log->ring);
     log->ring = ring;
     log->head = 0;
-    log->capacity = capacity;
     return WSF_OK;
 }
 
@@ -81,17 +92,11 @@ static int make_room_in_order(wsf_backlog *backlog)
 {
     if (backlog->count < backlog->capacity)
         return WSF_OK;
-    uint32_t capacity = backlog->capacity == 0 ? 64 : 2 * backlog->capacity;
-    wsf_log **order = PyMem_RawMalloc(capacity * sizeof *order);
+    wsf_log **order = grown(backlog, backlog->order, backlog->head, &backlog->capacity, 64);
     if (order == NULL)
         return WSF_NO_MEMORY;
-    for (uint32_t at = 0; at < backlog->count; at++)
-        order[at] = backlog->order[(backlog->head + at) & (backlog->capacity - 1)];
-    charge(backlog, (int64_t)((capacity - backlog->capacity) * sizeof *order));
-    PyMem_RawFree(backlog->order);
     backlog->order = order;
     backlog->head = 0;
-    backlog->capacity = capacity;
     return WSF_OK;
 }
 

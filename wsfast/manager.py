@@ -60,7 +60,17 @@ from wsfast.health import HEALTH, Explanation, HealthMonitor, HealthPolicy
 from wsfast.heartbeat import Heartbeat
 from wsfast.metadata import METADATA, Declarations, MetadataLimits, MetadataManager
 from wsfast.reconnect import HERD, Advice, Herd, HerdPolicy, Verdict, check_close, verdict_of
-from wsfast.session import BAD_HANDSHAKE, SESSIONS, TOO_LATE, Hello, Session, SessionPolicy, Sessions, Welcome
+from wsfast.session import (
+    BAD_HANDSHAKE,
+    SESSIONS,
+    SUPERSEDED,
+    TOO_LATE,
+    Hello,
+    Session,
+    SessionPolicy,
+    Sessions,
+    Welcome,
+)
 
 if TYPE_CHECKING:
     from wsfast._fanout import Link
@@ -74,11 +84,11 @@ logger = logging.getLogger(__name__)
 _E = TypeVar("_E", bound=Event)
 _T = TypeVar("_T")
 
-REPLACED = Closed(4409, "replaced by a newer connection", "us")
+REPLACED = Closed(SUPERSEDED, "replaced by a newer connection", "us")
 """How a connection is closed whose id a newer one took with ``on_duplicate="replace"``. A client that is told this
 must not connect again by itself, or the two would push each other out for ever."""
 
-TAKEN_OVER = Closed(REPLACED.code, "its client goes on with another connection", "us")
+TAKEN_OVER = Closed(SUPERSEDED, "its client goes on with another connection", "us")
 """How the former connection of a session is closed that looks alive when its client comes back."""
 # "Service restart", of the registry of IANA.
 _RESTART = 1012

@@ -40,6 +40,7 @@ __all__ = [
     "PROTOCOL",
     "READY",
     "SESSIONS",
+    "SUPERSEDED",
     "TOO_LATE",
     "ClientSession",
     "Hello",
@@ -69,6 +70,9 @@ BAD_HANDSHAKE = 4400
 
 TOO_LATE = 4408
 """How either side closes a connection on which the other one's part of the handshake does not come in time."""
+
+SUPERSEDED = 4409
+"""How a server closes a connection whose client, or whose client id, has a newer one."""
 
 Data: TypeAlias = str | bytes
 

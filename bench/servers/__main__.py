@@ -73,6 +73,16 @@ class _Server:
         if self._buffer:
             transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._buffer)
 
+    async def _read(self, ws: ServerConnection) -> None:
+        """Have a connection until it ends, and read what comes."""
+        self._add(ws, ws.transport)
+        try:
+            with contextlib.suppress(ConnectionClosed):
+                async for _ in ws:
+                    pass
+        finally:
+            self._connections.remove(ws)
+
     def _in_transport(self, connection: Any) -> int:
         """Bytes that wait in the transport of a connection."""
         raise NotImplementedError
@@ -292,13 +302,7 @@ class SessionsServer(WsfastServer):
 
     async def _handle(self, ws: ServerConnection) -> None:
         ws.wsfast.join(_GROUP)  # type: ignore[attr-defined]
-        self._add(ws, ws.transport)
-        try:
-            with contextlib.suppress(ConnectionClosed):
-                async for _ in ws:
-                    pass
-        finally:
-            self._connections.remove(ws)
+        await self._read(ws)
 
     async def wait_for_absence(self, clients: int) -> None:
         """Until so many are away."""
@@ -372,13 +376,9 @@ class ByHandServer(WebsocketsServer):
         await ws.send(json.dumps({"wsfast": "welcome", "token": token, "resumed": missed is not None}))
         for message in missed or ():
             await ws.send(message)
-        self._add(ws, ws.transport)
         try:
-            with contextlib.suppress(ConnectionClosed):
-                async for _ in ws:
-                    pass
+            await self._read(ws)
         finally:
-            self._connections.remove(ws)
             self._missed[token] = []
 
     async def wait_for_absence(self, clients: int) -> None:

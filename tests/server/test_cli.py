@@ -163,18 +163,24 @@ def test_a_signal_drains_and_ends_with_0(number: int, loop: str) -> None:
     assert lines[-1].endswith("ended")
 
 
+@contextlib.contextmanager
+def silent_peer(url: str) -> Iterator[None]:
+    """A client that connects, and then never says anything."""
+    host, port = url.removeprefix("ws://").split(":")
+    with socket.create_connection((host, int(port))) as sock:
+        sock.sendall(
+            b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        )
+        yield
+
+
 def test_a_second_signal_ends_at_once() -> None:
-    with serving("--drain-timeout", "1000") as (server, url):
-        host, port = url.removeprefix("ws://").split(":")
-        with socket.create_connection((host, int(port))) as half_open:
-            half_open.sendall(
-                b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-            )
-            server.line("connected")
-            server.process.send_signal(signal.SIGINT)
-            server.line("draining")
-            status, _, err = server.end(signal.SIGINT)
+    with serving("--drain-timeout", "1000") as (server, url), silent_peer(url):
+        server.line("connected")
+        server.process.send_signal(signal.SIGINT)
+        server.line("draining")
+        status, _, err = server.end(signal.SIGINT)
     assert status == 130
     assert "wsfast: ended at once" in err
     assert "Traceback" not in err
@@ -219,17 +225,11 @@ def _hangups_are_as_by_default() -> Iterator[None]:
 
 
 def test_a_hangup_does_not_end_a_drain() -> None:
-    with serving("--drain-timeout", "2") as (server, url):
-        host, port = url.removeprefix("ws://").split(":")
-        with socket.create_connection((host, int(port))) as half_open:
-            half_open.sendall(
-                b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-            )
-            server.line("connected")
-            server.process.send_signal(signal.SIGTERM)
-            server.line("draining 1 connections for a shutdown")
-            status, _, err = server.end(signal.SIGHUP)
+    with serving("--drain-timeout", "2") as (server, url), silent_peer(url):
+        server.line("connected")
+        server.process.send_signal(signal.SIGTERM)
+        server.line("draining 1 connections for a shutdown")
+        status, _, err = server.end(signal.SIGHUP)
     assert status == 0
     assert "cutting off 1 connections" in err
     assert "ended at once" not in err

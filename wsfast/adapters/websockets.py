@@ -68,6 +68,7 @@ from wsfast.errors import (
 from wsfast.session import (
     BAD_HANDSHAKE,
     MOST_CHARACTERS,
+    SUPERSEDED,
     TOO_LATE,
     inner_offers,
     is_ready,
@@ -94,9 +95,6 @@ Identify = Callable[[ServerConnection], Keywords | Awaitable[Keywords | None] | 
 
 # RFC 6455, 5.5: a control frame has at most 125 bytes, of which the code takes two.
 _MAX_REASON_BYTES = 123
-
-# How the manager closes a connection whose client has a newer one.
-_REPLACED = 4409
 
 # Of a client that speaks the protocol of resume: hello and ready.
 _HANDSHAKE_MESSAGES = 2
@@ -391,7 +389,7 @@ async def _handle(handler: Handler, ws: ServerConnection) -> None:
     except ConnectionClosed as error:
         sent = ws.protocol.close_sent
         # It may be of another connection, to which the handler is a client.
-        if sent is None or error.sent is not sent or sent.code not in (CloseCode.SERVICE_RESTART, _REPLACED):
+        if sent is None or error.sent is not sent or sent.code not in (CloseCode.SERVICE_RESTART, SUPERSEDED):
             raise
 
 
